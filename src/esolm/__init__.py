@@ -1,0 +1,1 @@
+"""Language models between autoregression and masked diffusion: train, evaluate, sample."""
