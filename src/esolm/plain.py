@@ -140,8 +140,6 @@ def _lower(value: object, path: _KeyPath, *, tagged: bool) -> Any:
         return data
     if isinstance(value, tuple | list):
         return [_lower(item, (*path, str(i)), tagged=tagged) for i, item in enumerate(value)]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _lower(item, (*path, key), tagged=tagged) for key, item in value.items()}
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, _SCALARS):
@@ -238,8 +236,8 @@ def _raise_tuple(hint: Any, data: object, path: _KeyPath, problems: list[str]) -
 
 
 def _raise_union(hint: Any, data: object, path: _KeyPath, problems: list[str]) -> object:
-    members = list(typing.get_args(hint))
-    classes: list[type] = [cls for cls in members if dataclasses.is_dataclass(cls)]
+    members = typing.get_args(hint)
+    classes = [cls for member in members for cls in _dataclasses_in(member)]
     if len(classes) > 1 and (isinstance(data, dict) or dataclasses.is_dataclass(data)):
         return _raise_tagged(classes, data, path, problems)
     if isinstance(data, dict) and classes:
@@ -386,8 +384,8 @@ def _hint(cls: type, name: str, path: _KeyPath) -> Any:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        keys = sorted(key for key, _ in pairs)
+        twice = next(key for key, following in zip(keys, keys[1:]) if key == following)
         raise ValueError(f"key {_shown(twice)} appears twice")
     return data
 
