@@ -1,0 +1,93 @@
+"""Who reads whom: one rule for every method, its picture, and attention under it with two backends.
+
+    attends(q, k) = (k.public and k.stage < q.stage) or (k.stage == q.stage and k.public == q.public)
+
+Every row of the network's input has a stage (when it is written) and is public if later stages may read it. A padding
+row is private and of stage `PADDING`, so that no other row reads it. It projects nothing and caches nothing.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+PADDING = 2**40  # later than any stage, so that `k.stage < q.stage` never holds for a padding key
+_FLEX_ROWS = 128  # FlexAttention works in blocks of 128 rows; below that a dense mask is cheaper
+
+
+def attends(
+    q_stage: Int64[Tensor, "batch row"],
+    q_public: Bool[Tensor, "batch row"],
+    k_stage: Int64[Tensor, "batch key"],
+    k_public: Bool[Tensor, "batch key"],
+) -> Bool[Tensor, "batch row key"]:
+    """The rule, as a mask: True where row `q` reads row `k`."""
+    return _rule(q_stage[:, :, None], q_public[:, :, None], k_stage[:, None, :], k_public[:, None, :])
+
+
+def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
+    """The rule drawn: a line for each reading row, `#` where it reads and `.` where it does not."""
+    mask = attends(stage[None], public[None], stage[None], public[None])[0]
+    return "\n".join("".join("#" if reads else "." for reads in line) for line in mask.tolist())
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Who reads whom in one pass, in the form that a backend takes: everybody, plain causal, a mask, or a block mask."""
+
+    causal: bool = False
+    mask: Bool[Tensor, "batch 1 row key"] | None = None
+    blocks: Any = None
+
+
+def relation(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
+    """The relation of rows among themselves, with the cheapest backend that can hold it."""
+    rows = stage.shape[1]
+    if stage.is_cuda and rows >= _FLEX_ROWS:
+        return Relation(blocks=block_mask(stage, public))
+    if bool((stage == stage[:, :1]).all()) and bool((public == public[:, :1]).all()):
+        return Relation()
+    if bool(public.all()) and bool((stage == torch.arange(rows, device=stage.device)).all()):
+        return Relation(causal=True)
+    return Relation(mask=attends(stage, public, stage, public)[:, None])
+
+
+def block_mask(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Any:
+    """The same relation as a block mask of FlexAttention, which skips blocks where nobody reads."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def reads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return _rule(stage[b, q], public[b, q], stage[b, k], public[b, k])
+
+    batch, rows = stage.shape
+    return create_block_mask(reads, batch, None, rows, rows, device=str(stage.device))
+
+
+def attention(
+    q: Float[Tensor, "batch head row dim"],
+    k: Float[Tensor, "batch kv_head key dim"],
+    v: Float[Tensor, "batch kv_head key dim"],
+    who: Relation,
+) -> Float[Tensor, "batch head row dim"]:
+    """Softmax attention, scaled by 1/sqrt(dim), under a relation. Fewer key heads than heads are shared in groups."""
+    grouped = k.shape[1] != q.shape[1]
+    if who.blocks is not None:
+        out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=who.blocks, enable_gqa=grouped)
+        return out
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
+
+
+def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:
+    return (k_public & (k_stage < q_stage)) | ((k_stage == q_stage) & (k_public == q_public))
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    """FlexAttention, compiled where that makes a fused kernel (CUDA)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention

@@ -1,0 +1,229 @@
+"""The denoiser: a plain pre-norm transformer that knows no algorithm, only rows, their places and who reads whom.
+
+    h = embed(token);   h += attention(norm(h));   h += mlp(norm(h));   logits = head(norm(h))
+
+The configuration spans the authors' networks (layer norm, GELU, adaLN folded away on import) and Llama- or Qwen-like
+decoders (RMS norm, gated MLP, grouped heads, query/key norm). It computes no loss and draws no tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from esolm.attention import Relation, attention
+from esolm.cache import Cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes and kinds of the network. `vocab_size` counts the mask, which is the last id; `length` bounds positions."""
+
+    vocab_size: int
+    length: int
+    width: int = 384
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = None  # None: width / heads
+    mlp_width: int | None = None  # None: 4 width
+    gated: bool = False  # SiLU-gated MLP instead of GELU (tanh form)
+    rms_norm: bool = False  # RMS norm instead of layer norm
+    norm_bias: bool = False
+    norm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = True
+    head_bias: bool = True
+    qk_norm: bool = False
+    rotary_base: float = 10_000.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least {least}, got {value}"
+            for name, least, value in (
+                ("vocab_size", 2, self.vocab_size),
+                ("length", 1, self.length),
+                ("width", 1, self.width),
+                ("layers", 1, self.layers),
+                ("heads", 1, self.heads),
+                ("kv_heads", 1, self.num_kv_heads),
+                ("head_dim", 1, self.dim if self.heads > 0 else 1),
+            )
+            if value < least
+        ]
+        if self.heads > 0 and self.head_dim is None and self.width % self.heads:
+            problems.append(f"width {self.width} must be divisible by heads {self.heads}, or give head_dim")
+        if self.heads > 0 and self.dim % 2:
+            problems.append(f"the size of a head must be even for rotary angles, got {self.dim}")
+        if self.num_kv_heads > 0 and self.heads % self.num_kv_heads:
+            problems.append(f"heads {self.heads} must be a multiple of kv_heads {self.num_kv_heads}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.rms_norm and self.norm_bias:
+            problems.append("norm_bias needs layer norm: set rms_norm or norm_bias, not both")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size - 1
+
+    @property
+    def dim(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def hidden_mlp(self) -> int:
+        return self.mlp_width or 4 * self.width
+
+
+class Denoiser(nn.Module):
+    """The network. `forward` gives hidden states of rows; `logits` those of the rows that need them."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = _norm(config, config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        cos, sin = _angles(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._initialise(generator)
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, "batch row"],
+        positions: Int64[Tensor, "batch row"],
+        who: Relation,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch row width"]:
+        """Hidden states (after the last norm) of rows that hold `tokens` at `positions` of the text.
+
+        With a cache, rows also read what it keeps, under the relation that `cache.place` returned.
+        """
+        h = F.dropout(self.embed(tokens), self.config.dropout, self.training)
+        angles = self.cos[positions][:, None], self.sin[positions][:, None]
+        for layer, block in enumerate(self.blocks):
+            h = block(h, angles, who, cache, layer)
+        out: Tensor = self.norm(h)
+        return out
+
+    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
+        """Raw logits, the mask's column included (a likelihood or a draw sets it to -inf)."""
+        out: Tensor = self.head(hidden)
+        return out
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache that fits this network."""
+        config, weight = self.config, self.embed.weight
+        return Cache(
+            layers=config.layers,
+            batch=batch,
+            kv_heads=config.num_kv_heads,
+            capacity=capacity,
+            dim=config.dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        """Normal with deviation 0.02; what writes into the residual stream is smaller with depth; biases zero."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                deep = name.endswith(("out.weight", "down.weight"))
+                deviation = 0.02 / (2 * self.config.layers) ** 0.5 if deep else 0.02
+                parameter.normal_(0.0, deviation, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        inner, mlp = config.heads * config.dim, config.hidden_mlp
+        self.norm1 = _norm(config, config.width)
+        self.qkv = nn.Linear(config.width, inner + 2 * config.num_kv_heads * config.dim, bias=config.qkv_bias)
+        self.q_norm = nn.RMSNorm(config.dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        self.out = nn.Linear(inner, config.width, bias=config.out_bias)
+        self.norm2 = _norm(config, config.width)
+        self.up = nn.Linear(config.width, 2 * mlp if config.gated else mlp, bias=config.mlp_bias)
+        self.down = nn.Linear(mlp, config.width, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        h: Float[Tensor, "batch row width"],
+        angles: tuple[Tensor, Tensor],
+        who: Relation,
+        cache: Cache | None,
+        layer: int,
+    ) -> Float[Tensor, "batch row width"]:
+        h = h + self._drop(self._attend(self.norm1(h), angles, who, cache, layer))
+        return h + self._drop(self._mlp(self.norm2(h)))
+
+    def _attend(
+        self, x: Tensor, angles: tuple[Tensor, Tensor], who: Relation, cache: Cache | None, layer: int
+    ) -> Tensor:
+        heads, kv_heads, dim = self.config.heads, self.config.num_kv_heads, self.config.dim
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, dim)).transpose(1, 2)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        out: Tensor = self.out(attention(q, k, v, who).transpose(1, 2).flatten(2))
+        return out
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        if self.config.gated:
+            gate, up = up.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(F.gelu(up, approximate="tanh"))  # type: ignore[no-any-return]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+
+def rotate(
+    x: Float[Tensor, "batch head row dim"],
+    cos: Float[Tensor, "batch 1 row half"],
+    sin: Float[Tensor, "batch 1 row half"],
+) -> Float[Tensor, "batch head row dim"]:
+    """Rotary position: each pair (a, b), a from the first half of the head and b from the second, turned by its angle."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def _angles(config: Config) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, `[length, dim / 2]`, in float32 as the authors have them."""
+    frequency = 1.0 / config.rotary_base ** (torch.arange(0, config.dim, 2).float() / config.dim)
+    angle = torch.outer(torch.arange(config.length).float(), frequency)
+    return angle.cos(), angle.sin()
+
+
+def _norm(config: Config, width: int) -> nn.Module:
+    if config.rms_norm:
+        return nn.RMSNorm(width, config.norm_epsilon)
+    return nn.LayerNorm(width, config.norm_epsilon, bias=config.norm_bias)

@@ -1,0 +1,94 @@
+"""The authors' networks -> ours: names changed, and the constant time conditioning folded away, exact up to rounding.
+
+Their adaLN always sees time zero, so its shift, scale and gate are constants:
+
+    norm(x) * (1 + scale) + shift   ->  the norm's weight and bias
+    x + gate * f(x)                 ->  the output rows of f's last matrix and bias
+
+It converts tensors; it reads no file.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esolm.denoiser import Config
+
+_TIME_FEATURES = 128  # cosines, then as many sines, of time zero: ones, then zeros
+
+
+def from_authors(tensors: Mapping[str, Tensor], length: int) -> tuple[Config, dict[str, Tensor]]:
+    """Configuration and weights of our denoiser from a network of the authors (Eso-LM, MDLM, BD3-LM or AR).
+
+    `tensors` carry their names, without the prefix `backbone.`; `length` is the longest text, which no tensor tells.
+    """
+    source = {name: tensor.float() for name, tensor in tensors.items()}
+    try:
+        vocab_size, width = source["vocab_embed.embedding"].shape
+        dim = 2 * len(source["rotary_emb.inv_freq"])
+        layers = sum(name.endswith("attn_qkv.weight") for name in source)
+        conditioned = "sigma_map.mlp.0.weight" in source
+        config = Config(
+            vocab_size=vocab_size,
+            length=length,
+            width=width,
+            layers=layers,
+            heads=width // dim,
+            mlp_width=len(source["blocks.0.mlp.0.bias"]),
+            norm_bias=conditioned,
+        )
+        return config, _renamed(source, layers, _condition(source) if conditioned else None)
+    except KeyError as missing:
+        raise ValueError(
+            f"these are not the weights of an Eso-LM, MDLM, BD3-LM or AR network of the authors: no tensor {missing}"
+        ) from None
+
+
+def _condition(source: Mapping[str, Tensor]) -> Tensor:
+    """The vector that their time embedding gives for time zero, which every adaLN sees."""
+    time = torch.cat((torch.ones(_TIME_FEATURES), torch.zeros(_TIME_FEATURES)))
+    hidden = F.silu(F.linear(time, source["sigma_map.mlp.0.weight"], source["sigma_map.mlp.0.bias"]))
+    return F.silu(F.linear(hidden, source["sigma_map.mlp.2.weight"], source["sigma_map.mlp.2.bias"]))
+
+
+def _renamed(source: Mapping[str, Tensor], layers: int, condition: Tensor | None) -> dict[str, Tensor]:
+    result = {"embed.weight": source["vocab_embed.embedding"]}
+    for layer in range(layers):
+        result |= _block(source, f"blocks.{layer}.", condition)
+    result |= {f"head.{kind}": source[f"output_layer.linear.{kind}"] for kind in ("weight", "bias")}
+    result["norm.weight"] = source["output_layer.norm_final.weight"]
+    if condition is not None:
+        shift, scale = _modulation(source, "output_layer.", condition, 2)
+        result["norm.weight"] = result["norm.weight"] * (1 + scale)
+        result["norm.bias"] = shift
+    return result
+
+
+def _block(source: Mapping[str, Tensor], at: str, condition: Tensor | None) -> dict[str, Tensor]:
+    block = {
+        at + "norm1.weight": source[at + "norm1.weight"],
+        at + "qkv.weight": source[at + "attn_qkv.weight"],
+        at + "out.weight": source[at + "attn_out.weight"],
+        at + "norm2.weight": source[at + "norm2.weight"],
+        at + "up.weight": source[at + "mlp.0.weight"],
+        at + "up.bias": source[at + "mlp.0.bias"],
+        at + "down.weight": source[at + "mlp.2.weight"],
+        at + "down.bias": source[at + "mlp.2.bias"],
+    }
+    if condition is None:
+        return block
+    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(source, at, condition, 6)
+    block[at + "norm1.weight"] = block[at + "norm1.weight"] * (1 + scale1)
+    block[at + "norm2.weight"] = block[at + "norm2.weight"] * (1 + scale2)
+    block[at + "norm1.bias"], block[at + "norm2.bias"] = shift1, shift2
+    block[at + "out.weight"] = block[at + "out.weight"] * gate1[:, None]
+    block[at + "down.weight"] = block[at + "down.weight"] * gate2[:, None]
+    block[at + "down.bias"] = block[at + "down.bias"] * gate2
+    return block
+
+
+def _modulation(source: Mapping[str, Tensor], at: str, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
+    weight, bias = source[at + "adaLN_modulation.weight"], source[at + "adaLN_modulation.bias"]
+    return F.linear(condition, weight, bias).chunk(parts)

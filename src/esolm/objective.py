@@ -1,0 +1,92 @@
+"""The objective of every method: `sum(weights * cross_entropy)` over rows, without ever holding all logits.
+
+The head's logits are made a chunk of rows at a time, and the gradients of hidden states and head are taken from each
+chunk while it is there: three matrix products a row, as in the plain computation, and memory of one chunk. It knows no
+algorithm and no sequence; rows come flat.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32, enough rows to keep a matrix product busy
+
+
+def weighted_cross_entropy(
+    hidden: Float[Tensor, "row width"],
+    head: torch.nn.Linear,
+    targets: Int64[Tensor, "row"],
+    weights: Float[Tensor, "row"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "row"]]:
+    """Returns the sum of `weights * nll` (differentiable) and the `nll` of each row in nats (not differentiable).
+
+    The mask, the last id, has no probability. Under autocast the products run in its dtype, softmax in float32.
+    """
+    loss, nll = _FusedCrossEntropy.apply(hidden, head.weight, head.bias, targets, weights)
+    return loss, nll
+
+
+def log_probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Log-softmax over all ids but the mask, whose log-probability is -inf."""
+    masked = logits.float().clone()
+    masked[..., -1] = -torch.inf
+    return masked.log_softmax(-1)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        inputs, matrix = hidden.detach().to(dtype), weight.detach().to(dtype)
+        wanted = any(ctx.needs_input_grad)
+        nll = torch.empty(len(inputs), device=hidden.device)
+        grad_hidden = torch.empty_like(inputs) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        grad_bias = torch.zeros(len(weight), device=weight.device) if wanted else None
+        rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        with torch.autocast(device, enabled=False):
+            for at in range(0, len(inputs), rows):
+                part = slice(at, at + rows)
+                logits = _logits(inputs[part], matrix, bias)
+                log_total = logits.logsumexp(-1, keepdim=True)
+                nll[part] = (log_total - logits.gather(1, targets[part, None]))[:, 0]
+                if grad_hidden is None or grad_weight is None or grad_bias is None:
+                    continue
+                # d nll / d logits = softmax - one_hot(target), in place of the logits
+                grad = logits.sub_(log_total).exp_()
+                grad.scatter_add_(1, targets[part, None], torch.full_like(log_total, -1.0))
+                grad.mul_(weights[part, None])
+                grad_bias += grad.sum(0)
+                grad = grad.to(dtype)
+                torch.mm(grad, matrix, out=grad_hidden[part])
+                grad_weight += grad.T @ inputs[part]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias if bias is not None else None)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.mark_non_differentiable(nll)
+        return (nll * weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            (grad_hidden * scale).to(ctx.hidden_dtype),
+            grad_weight * scale,
+            None if grad_bias is None else grad_bias * scale,
+            None,
+            None,
+        )
+
+
+def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    logits = F.linear(inputs, matrix).float()
+    if bias is not None:
+        logits += bias
+    logits[:, -1] = -torch.inf
+    return logits
