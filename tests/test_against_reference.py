@@ -153,6 +153,7 @@ def test_cached_sampling_with_given_tokens(reference):
     assert_close(*forced(denoiser, order, tokens, widths, cases, slice(None)))
 
 
+@torch.inference_mode()
 def forced(denoiser, order, tokens, widths, cases, which):
     """Logits of a writer whose steps are decided by the case, beside the case's."""
     requests = [Request(length=order.shape[1], seed=seed) for seed in range(len(order))]
