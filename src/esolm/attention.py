@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 PADDING = 2**40  # later than any stage, so that `k.stage < q.stage` never holds for a padding key
+_SCORES_HELD = 2**23  # a layer's scores kept for the backward pass: 16 MiB in bf16
 _FLEX_ROWS = 128  # FlexAttention works in blocks of 128 rows; below that a dense mask is cheaper
 
 
@@ -78,11 +79,30 @@ def attention(
     if who.blocks is not None:
         out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=who.blocks, enable_gqa=grouped)
         return out
+    if _few_scores(q, k) and not grouped:
+        return _by_products(q, k, v, who)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
 
 
 def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:
     return (k_public & (k_stage < q_stage)) | ((k_stage == q_stage) & (k_public == q_public))
+
+
+def _few_scores(q: Tensor, k: Tensor) -> bool:
+    """Is this a bf16 training pass on CPU whose scores may be held? Two plain products then take half the time of the
+    fused kernel, forward and backward (docs/log.md); they cost `rows x keys` numbers a head for the backward pass."""
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and scores <= _SCORES_HELD
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, who: Relation) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if who.causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores + torch.zeros_like(later, dtype=q.dtype).masked_fill_(later, -torch.inf)
+    elif who.mask is not None:
+        scores = scores + torch.zeros_like(who.mask, dtype=q.dtype).masked_fill_(~who.mask, -torch.inf)
+    return scores.softmax(-1) @ v
 
 
 @cache

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32, enough rows to keep a matrix product busy
+_CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, enough rows to keep a matrix product busy
 
 
 def weighted_cross_entropy(
@@ -54,14 +54,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
             for at in range(0, len(inputs), rows):
                 part = slice(at, at + rows)
                 logits = _logits(inputs[part], matrix, bias)
-                log_total = logits.logsumexp(-1, keepdim=True)
-                nll[part] = (log_total - logits.gather(1, targets[part, None]))[:, 0]
+                peak, wanted_logit = logits.amax(-1, keepdim=True), logits.gather(1, targets[part, None])
+                odds = logits.sub_(peak).exp_()  # in place: a second array of this size costs more than the sum
+                total = odds.sum(-1, keepdim=True)
+                nll[part] = (total.log() + peak - wanted_logit)[:, 0]
                 if grad_hidden is None or grad_weight is None or grad_bias is None:
                     continue
-                # d nll / d logits = softmax - one_hot(target), in place of the logits
-                grad = logits.sub_(log_total).exp_()
-                grad.scatter_add_(1, targets[part, None], torch.full_like(log_total, -1.0))
-                grad.mul_(weights[part, None])
+                # weights times d nll / d logits = weights * (softmax - one_hot(target))
+                scale = weights[part, None].float()
+                grad = odds.mul_(scale / total).scatter_add_(1, targets[part, None], -scale)
                 grad_bias += grad.sum(0)
                 grad = grad.to(dtype)
                 torch.mm(grad, matrix, out=grad_hidden[part])
