@@ -14,6 +14,7 @@ not do: mutable fields (list, dict), tensors, defaults that depend on other keys
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -231,13 +232,14 @@ def _raise_tuple(hint: Any, data: object, path: _KeyPath, problems: list[str]) -
     if len(inner) != len(data):
         problems.append(_at(path, f"expected {len(inner)} items ({_named(hint)}), got {len(data)}"))
         return _FAILED
-    items = [_raise(kind, item, (*path, str(i)), problems) for i, (kind, item) in enumerate(zip(inner, data))]
+    pairs = enumerate(zip(inner, data, strict=True))
+    items = [_raise(kind, item, (*path, str(i)), problems) for i, (kind, item) in pairs]
     return _FAILED if any(item is _FAILED for item in items) else tuple(items)
 
 
 def _raise_union(hint: Any, data: object, path: _KeyPath, problems: list[str]) -> object:
     members = typing.get_args(hint)
-    classes = [cls for member in members for cls in _dataclasses_in(member)]
+    classes = [kind for kind in members if isinstance(kind, type) and _dataclasses_in(kind)]
     if len(classes) > 1 and (isinstance(data, dict) or dataclasses.is_dataclass(data)):
         return _raise_tagged(classes, data, path, problems)
     if isinstance(data, dict) and classes:
@@ -265,8 +267,7 @@ def _raise_dataclass(cls: type, data: object, path: _KeyPath, problems: list[str
     before = len(problems)
     hints = typing.get_type_hints(cls)
     values = _raise_fields(cls, hints, keys, path, problems)
-    for key in keys.keys() - set(_fields(cls)):
-        problems.append(_unknown(cls, str(key), path))
+    problems.extend(_unknown(cls, str(key), path) for key in keys if key not in _fields(cls))
     if len(problems) > before:
         return _FAILED
     try:
@@ -281,11 +282,9 @@ def _raise_fields(
 ) -> dict[str, object]:
     values = {}
     for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        if field.name in keys:
+        if field.init and field.name in keys:
             values[field.name] = _raise(hints[field.name], keys[field.name], (*path, field.name), problems)
-        elif field.default is field.default_factory is dataclasses.MISSING:
+        elif field.init and field.default is field.default_factory is dataclasses.MISSING:
             problems.append(_at((*path, field.name), f"missing; expected {_named(hints[field.name])}"))
     return values
 
@@ -331,7 +330,7 @@ def _concrete(classes: list[type]) -> dict[str, list[type]]:
 
 def _unknown(cls: type, key: str, path: _KeyPath) -> str:
     names = _fields(cls)
-    keys = f" (keys of {cls.__name__}: {', '.join(names)})" if names else f" ({cls.__name__} has no keys)"
+    keys = f" (keys of {cls.__name__}: {', '.join(names) or 'none'})"
     return _at((*path, key[:60]), f"unknown key{nearest(key, names) or keys}")
 
 
@@ -349,7 +348,7 @@ def _named(hint: Any) -> str:
 
 
 def _outer_first(key: str) -> tuple[int, bool]:
-    """Outer keys before inner ones, and a `type` before its neighbours, since both replace what lies below."""
+    """Outer keys before inner ones, and a `type` before its neighbours, as both replace what lies below."""
     return key.count("."), not key.endswith(".type")
 
 
@@ -385,7 +384,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         keys = sorted(key for key, _ in pairs)
-        twice = next(key for key, following in zip(keys, keys[1:]) if key == following)
+        twice = next(key for key, following in itertools.pairwise(keys) if key == following)
         raise ValueError(f"key {_shown(twice)} appears twice")
     return data
 
