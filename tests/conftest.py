@@ -1,5 +1,5 @@
-"""Shapes in signatures are checked at run time while the tests run; production pays nothing for them."""
+"""Shapes in signatures are checked while the tests run; users pay nothing for them."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook("esolm", "beartype.beartype")
+install_import_hook("esolm", "beartype.beartype")  # before any test imports the package

@@ -153,7 +153,8 @@ def test_all_problems_are_told_at_once_with_their_keys() -> None:
         "shape.height: expected float, got 'tall'",
         "shape.kind: expected one of 'thin', 'thick', got 'thik'; did you mean 'thick'?",
         "shape.width: missing; expected float",
-        "zzz: unknown key (keys of Drawing: shape, pen, spare, tool, pair, amount, loud, level, path, others)",
+        "zzz: unknown key (keys of Drawing: "
+        "shape, pen, spare, tool, pair, amount, loud, level, path, others)",
     ]
 
 

@@ -9,7 +9,7 @@
 
 A save writes a hidden folder beside the target, syncs every file and folder, renames, syncs the parent and
 only then prunes older steps. A load reads the manifest first, refuses every name it does not know, compares
-sizes, then digests, then the headers of the tensors, and only then parses (seal.py). There is no pickle to run.
+sizes, then digests, then the headers of the tensors, and only then parses (seal.py). No pickle anywhere.
 
 What this does not do: build models (see model.py), shard over ranks, or lock a folder against a second run.
 """
@@ -68,8 +68,8 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 3, warn: Warn = warnings.warn) -> Path:
     """Write `folder/step-<step>` and return its path once it is safely on disk.
 
-    Afterwards the newest `keep` steps remain (None: all). Steps beyond this one, left by a run that was resumed
-    earlier, are set aside as `abandoned-step-...`. Raises SaveError when the disk is full or refuses, with
+    Afterwards the newest `keep` steps remain (None: all). Steps beyond this one, of a run since resumed
+    from here, are set aside as `abandoned-step-...`. Raises SaveError when the disk is full or refuses, with
     everything saved before still there, and ValueError when `config` or `state` is not plain data.
     """
     if keep is not None and keep < 1:

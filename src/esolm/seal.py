@@ -48,7 +48,7 @@ def check(
     folder: Path, *, needed: Iterable[str], allowed: re.Pattern[str], digests: bool = True
 ) -> dict[str, Any]:
     """The manifest of a folder whose every file is the one it lists, with all of `needed` and nothing that
-    does not match `allowed`. `digests=False` leaves the digests out, not the other checks. Raises SealError."""
+    does not match `allowed`. `digests=False` leaves out the digests and nothing else. Raises SealError."""
     if not folder.is_dir():
         raise SealError(f"{folder} is not a folder with a {MANIFEST}")
     manifest = _manifest(folder / MANIFEST, needed, allowed)

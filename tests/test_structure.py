@@ -1,0 +1,129 @@
+"""The house keeps its shape: levels of import, sizes of files and functions, and a few things that stay out.
+
+These read the source as syntax trees, so an import inside a function counts as one.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "src" / "esolm"
+FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+# A module imports only from lines above its own.
+LEVELS = (
+    "types plain noise",
+    "schedule attention draw products calibrate seal",
+    "order cache",
+    "denoiser",
+    "algorithms.algorithm",
+    "algorithms.ar algorithms.bd3lm algorithms.esolm algorithms.mdlm",
+    "algorithms",
+    "objective",
+    "tokenizer corpus optim ranks journal checkpoint importers sample likelihood quality",
+    "data watch",
+    "model train evaluate bench report",
+    "recipes",
+    "cli __init__",
+    "__main__",
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every absolute name that a module imports, with its line; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def ours(name: str) -> str | None:
+    """The module of this package that an imported name comes from: the longest prefix that has a level."""
+    parts = name.split(".")
+    if parts[0] != "esolm":
+        return None
+    prefixes = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
+    return next((prefix for prefix in prefixes if prefix in LEVEL), "__init__")
+
+
+def each(paths=FILES):
+    return pytest.mark.parametrize("path", paths, ids=module_name)
+
+
+@each()
+def test_a_module_imports_only_from_levels_above_its_own(path):
+    name = module_name(path)
+    assert name in LEVEL, f"{name} has no level yet: give it a line in LEVELS"
+    wrong = [
+        f"line {line}: {name} imports {source}"
+        for imported, line in imports(TREES[path])
+        if (source := ours(imported)) is not None and LEVEL[source] >= LEVEL[name]
+    ]
+    assert not wrong
+
+
+@each()
+def test_a_file_has_at_most_400_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@each()
+def test_a_function_has_at_most_60_lines(path):
+    functions = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno + 1 > 60] == []
+
+
+@each()
+def test_a_module_says_what_it_is(path):
+    assert ast.get_docstring(TREES[path])
+
+
+@each([path for path in FILES if path.stem != "cli"])
+def test_only_the_command_line_imports_tyro(path):
+    assert not [line for name, line in imports(TREES[path]) if name.split(".")[0] == "tyro"]
+
+
+@each([path for path in FILES if path.stem != "ranks"])
+def test_only_ranks_says_torch_distributed(path):
+    named = [name for name, _ in imports(TREES[path]) if name.startswith("torch.distributed")]
+    used = [ast.unparse(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)]
+    assert not named
+    assert "torch.distributed" not in used
+
+
+@each()
+def test_nothing_asks_an_object_whether_it_has_an_attribute(path):
+    names = [node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)]
+    assert "hasattr" not in names
+
+
+@each()
+def test_nothing_is_left_unwritten(path):
+    names = [node.id for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)]
+    assert "NotImplementedError" not in names
+
+
+@each()
+def test_no_file_is_named_for_what_does_not_fit_elsewhere(path):
+    assert path.stem not in {"utils", "util", "common", "helpers", "helper", "base", "misc"}
+
+
+@each()
+def test_nothing_touches_a_global_random_generator(path):
+    calls = {ast.unparse(node.func) for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)}
+    forbidden = {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed", "random.seed"}
+    assert not calls & forbidden
+    assert not {c for c in calls if c.startswith(("random.", "np.random.")) and not c.split(".")[-1][0].isupper()} - {
+        "np.random.default_rng"
+    }
