@@ -124,6 +124,6 @@ def test_nothing_touches_a_global_random_generator(path):
     calls = {ast.unparse(node.func) for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)}
     forbidden = {"torch.manual_seed", "torch.seed", "np.random.seed", "numpy.random.seed", "random.seed"}
     assert not calls & forbidden
-    assert not {c for c in calls if c.startswith(("random.", "np.random.")) and not c.split(".")[-1][0].isupper()} - {
-        "np.random.default_rng"
-    }
+    assert not {
+        c for c in calls if c.startswith(("random.", "np.random.")) and not c.split(".")[-1][0].isupper()
+    } - {"np.random.default_rng"}

@@ -81,7 +81,9 @@ def attention(
         return out
     if _few_scores(q, k) and not grouped:
         return _by_products(q, k, v, who)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped
+    )
 
 
 def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:
@@ -102,7 +104,8 @@ def _by_products(q: Tensor, k: Tensor, v: Tensor, who: Relation) -> Tensor:
         scores = scores + torch.zeros_like(later, dtype=q.dtype).masked_fill_(later, -torch.inf)
     elif who.mask is not None:
         scores = scores + torch.zeros_like(who.mask, dtype=q.dtype).masked_fill_(~who.mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    out: Tensor = scores.softmax(-1) @ v
+    return out
 
 
 @cache

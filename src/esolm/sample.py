@@ -69,7 +69,12 @@ class Writer:
     """
 
     def __init__(
-        self, denoiser: Denoiser, algorithm: Algorithm, requests: Sequence[Request], *, end_id: int | None = None
+        self,
+        denoiser: Denoiser,
+        algorithm: Algorithm,
+        requests: Sequence[Request],
+        *,
+        end_id: int | None = None,
     ) -> None:
         config = denoiser.config
         _check(denoiser, algorithm, requests)
@@ -170,13 +175,19 @@ class Writer:
         return [self._text(text) for text in range(len(self.requests))]
 
     def _forward(
-        self, tokens: np.ndarray, positions: np.ndarray, stage: np.ndarray, public: np.ndarray, closed: np.ndarray
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        stage: np.ndarray,
+        public: np.ndarray,
+        closed: np.ndarray,
     ) -> torch.Tensor:
         device = self.denoiser.embed.weight.device
         rows = [torch.from_numpy(array).to(device) for array in (tokens, positions, stage, public)]
-        if self._cache is None or not closed.any():
-            return self.denoiser(rows[0], rows[1], relation(rows[2], rows[3]))
-        return self.denoiser(rows[0], rows[1], self._cache.place(rows[2], rows[3]), self._cache)
+        kept = self._cache if closed.any() else None
+        who = relation(rows[2], rows[3]) if kept is None else kept.place(rows[2], rows[3])
+        hidden: torch.Tensor = self.denoiser(rows[0], rows[1], who, kept)
+        return hidden
 
     def _drop_finished(self) -> None:
         """Leave texts whose plan is done, or that are written up to their first end-of-text token."""

@@ -67,12 +67,21 @@ class EsoLM(Algorithm):
             )
         # ranks of one order serve both terms: a row's random numbers are its own, whichever term it is in
         length = batch.tokens.shape[1]
-        times, masks, keys = (noise.uniform(p, n) for p, n in ((_TIMES, 1), (_MASKS, length), (_ORDER, length)))
+        times, masks, keys = (
+            noise.uniform(p, n) for p, n in ((_TIMES, 1), (_MASKS, length), (_ORDER, length))
+        )
         views = []
         if bool(diffused.any()):
             t = stratified_times(times[diffused], index[diffused][:, None], total)
             views.append(
-                self.diffusion(batch[diffused], t, masks[diffused], keys[diffused], mask_id, weighted=not self.low_variance)
+                self.diffusion(
+                    batch[diffused],
+                    t,
+                    masks[diffused],
+                    keys[diffused],
+                    mask_id,
+                    weighted=not self.low_variance,
+                )
             )
         if not bool(diffused.all()):
             views.append(self.sequential(batch[~diffused], masks[~diffused], keys[~diffused], mask_id))
@@ -161,7 +170,9 @@ class EsoLM(Algorithm):
         targets = masked[:, first:]
         is_x = (torch.arange(2 * length - first - 1) >= length - first).expand(len(order), -1)
         stage, public = padded(
-            torch.cat((rank[:, first:], stage[:, :-1]), dim=1), is_x, torch.cat((targets, valid[:, :-1]), dim=1)
+            torch.cat((rank[:, first:], stage[:, :-1]), dim=1),
+            is_x,
+            torch.cat((targets, valid[:, :-1]), dim=1),
         )
         return View(
             term="sequential",

@@ -45,7 +45,13 @@ class MDLM(Algorithm):
         return self.view_of(batch, clean, t, mask_id, weighted=weighted)
 
     def view_of(
-        self, batch: Batch, clean: TextFlags, t: Float64[Tensor, "batch 1"], mask_id: int, *, weighted: bool = True
+        self,
+        batch: Batch,
+        clean: TextFlags,
+        t: Float64[Tensor, "batch 1"],
+        mask_id: int,
+        *,
+        weighted: bool = True,
     ) -> View:
         """The view for tokens already masked, at times `t`."""
         weights = LogLinear().weight(t) if weighted else torch.ones_like(t)
