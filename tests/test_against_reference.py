@@ -70,9 +70,7 @@ def reference(request):
 
 def test_there_is_a_reference_to_match():
     if not FOLDER.is_dir():
-        pytest.skip(
-            f"NOTHING WAS COMPARED: no folder {FOLDER}; set ESOLM_REFERENCE_DIR to one with <name>.json"
-        )
+        pytest.skip(f"NOTHING WAS COMPARED: no folder {FOLDER}; set ESOLM_REFERENCE_DIR to one with <name>.json")
     assert NAMES, f"no <name>.json in {FOLDER}"
 
 
@@ -86,9 +84,7 @@ def logits_of(denoiser: Denoiser, view: View):
 def losses_of(denoiser: Denoiser, view: View):
     """Weighted nll of each row through the objective that training uses."""
     hidden = denoiser(view.tokens, view.positions, relation(view.stage, view.public))
-    _, nll = weighted_cross_entropy(
-        hidden.flatten(0, 1), denoiser.head, view.targets.flatten(), view.weights.flatten()
-    )
+    _, nll = weighted_cross_entropy(hidden.flatten(0, 1), denoiser.head, view.targets.flatten(), view.weights.flatten())
     return nll.view(view.targets.shape) * view.weights
 
 
@@ -107,9 +103,7 @@ def masked_in_text(sorted_tokens, order, mask_id):
 
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_diffusion_logits_and_losses(reference, variant):
-    case = {
-        k.rsplit(".", 1)[1]: v for k, v in reference.cases.items() if k.startswith(f"{variant}.diffusion.")
-    }
+    case = {k.rsplit(".", 1)[1]: v for k, v in reference.cases.items() if k.startswith(f"{variant}.diffusion.")}
     denoiser, mask_id = reference.network("esolm"), reference.sizes["mask_index"]
     algorithm = EsoLM(variant=variant, alpha_0=reference.sizes[f"{variant}.alpha_0"])
     schedule = LogLinear(alpha_0=algorithm.alpha_0)
@@ -127,9 +121,7 @@ def test_diffusion_logits_and_losses(reference, variant):
 
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_sequential_logits_and_losses(reference, variant):
-    case = {
-        k.rsplit(".", 1)[1]: v for k, v in reference.cases.items() if k.startswith(f"{variant}.sequential.")
-    }
+    case = {k.rsplit(".", 1)[1]: v for k, v in reference.cases.items() if k.startswith(f"{variant}.sequential.")}
     denoiser, mask_id = reference.network("esolm"), reference.sizes["mask_index"]
     algorithm = EsoLM(variant=variant, alpha_0=reference.sizes[f"{variant}.alpha_0"])
     masked = masked_in_text(case["z0_sorted"], case["order"], mask_id)
@@ -226,9 +218,7 @@ def test_bd3lm_logits_and_losses(reference):
         z, probability = cases[f"block{size}.zt"], cases[f"block{size}.mask_prob"].double()
         view = BD3LM(block_size=size).view_of(Batch.of(cases["x0"]), z != mask_id, probability, mask_id)
         length = z.shape[1]
-        assert_close(
-            without_mask(logits_of(denoiser, view)[:, :length]), without_mask(cases[f"block{size}.logits"])
-        )
+        assert_close(without_mask(logits_of(denoiser, view)[:, :length]), without_mask(cases[f"block{size}.logits"]))
         assert_close(losses_of(denoiser, view)[:, :length], cases[f"block{size}.nll_weighted"])
 
 
@@ -254,12 +244,7 @@ def test_folding_the_time_conditioning_is_exact(reference):
 def test_losses_are_zero_at_clean_tokens(reference):
     cases = reference.cases
     assert (
-        float(
-            cases["B.diffusion.nll_elbo"][
-                cases["B.diffusion.zt_sorted"] != reference.sizes["mask_index"]
-            ].sum()
-        )
-        == 0
+        float(cases["B.diffusion.nll_elbo"][cases["B.diffusion.zt_sorted"] != reference.sizes["mask_index"]].sum()) == 0
     )
 
 
@@ -275,6 +260,4 @@ def test_log_probabilities_leave_the_mask_out(reference):
 
 def test_every_algorithm_is_compared(reference):
     kinds = {AR, BD3LM, MDLM, EsoLM}
-    assert kinds == {
-        kind for kind in Algorithm.__subclasses__() if kind.__module__.startswith("esolm.algorithms")
-    }
+    assert kinds == {kind for kind in Algorithm.__subclasses__() if kind.__module__.startswith("esolm.algorithms")}

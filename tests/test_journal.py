@@ -23,10 +23,10 @@ def figures(folder: Path) -> list[dict[str, object]]:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     with Journal(tmp_path, console=quiet()) as journal:
         journal.write(1, loss=5.25, tokens=128)
-        journal.text(1, "sample", "O Romeo,\n[bold]Ⅰ[/]")
+        journal.text(1, "sample", "O Romeo,\n[bold]é[/]")
     assert figures(tmp_path) == [
         {"step": 1, "loss": 5.25, "tokens": 128},
-        {"step": 1, "name": "sample", "text": "O Romeo,\n[bold]Ⅰ[/]"},
+        {"step": 1, "name": "sample", "text": "O Romeo,\n[bold]é[/]"},
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_torn_last_line_is_dropped_on_reading_and_on_resuming(tmp_path: Path, 
         journal.write(2, loss=2.0)
     path = tmp_path / FILE
     path.write_bytes(path.read_bytes()[:-cut])
-    assert [entry["step"] for entry in read(path)] in ([1], [1, 2])
+    assert [entry["step"] for entry in read(path)] == [1]
     with Journal(tmp_path, resume=2, console=quiet()) as journal:
         journal.write(3, loss=3.0)
     assert [entry["step"] for entry in read(path)] == [1, 3]

@@ -25,9 +25,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 5)).to(dtype)
 
 
-def train(
-    model: nn.Module, optimizer: Optimizer, steps: range, average: WeightAverage | None = None
-) -> list[float]:
+def train(model: nn.Module, optimizer: Optimizer, steps: range, average: WeightAverage | None = None) -> list[float]:
     losses = []
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -125,9 +123,7 @@ def test_a_clipped_gradient_has_the_norm_asked_for() -> None:
     assert optimizer.clip() == pytest.approx(1.0, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("value", "word"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")]
-)
+@pytest.mark.parametrize(("value", "word"), [(math.nan, "NaN"), (math.inf, "infinite"), (-math.inf, "infinite")])
 def test_a_gradient_that_is_not_finite_is_named_before_anything_changes(value: float, word: str) -> None:
     model = network()
     optimizer = Optimizer(model, Config())

@@ -153,8 +153,7 @@ def test_all_problems_are_told_at_once_with_their_keys() -> None:
         "shape.height: expected float, got 'tall'",
         "shape.kind: expected one of 'thin', 'thick', got 'thik'; did you mean 'thick'?",
         "shape.width: missing; expected float",
-        "zzz: unknown key (keys of Drawing: "
-        "shape, pen, spare, tool, pair, amount, loud, level, path, others)",
+        "zzz: unknown key (keys of Drawing: shape, pen, spare, tool, pair, amount, loud, level, path, others)",
     ]
 
 
@@ -187,9 +186,7 @@ def test_numbers_must_be_finite(number: float) -> None:
             plain.to_plain(Drawing(amount=number))
 
 
-@pytest.mark.parametrize(
-    "text", ["NaN", "[Infinity]", "-Infinity", "1e999", '{"a": 1, "a": 2}', "", "{", "9" * 5000]
-)
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", "-Infinity", "1e999", '{"a": 1, "a": 2}', "", "{", "9" * 5000])
 def test_json_that_means_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         plain.parse(text)
@@ -214,9 +211,7 @@ def test_what_is_not_plain_is_refused_by_its_key() -> None:
 
 def test_replace_changes_nested_keys_and_nothing_else() -> None:
     drawing = Drawing(shape=Box(width=1.0))
-    changed = plain.replace(
-        drawing, {"shape.width": 5, "pen.colour": "red", "spare.nibs": (7,), "loud": True}
-    )
+    changed = plain.replace(drawing, {"shape.width": 5, "pen.colour": "red", "spare.nibs": (7,), "loud": True})
     assert changed == Drawing(shape=Box(width=5.0), pen=Pen(colour="red"), spare=Pen(nibs=(7,)), loud=True)
     assert drawing == Drawing(shape=Box(width=1.0))
 

@@ -81,9 +81,7 @@ def attention(
         return out
     if _few_scores(q, k) and not grouped:
         return _by_products(q, k, v, who)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
 
 
 def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:

@@ -97,9 +97,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 3, warn: Wa
     return target
 
 
-def load(
-    path: Path, *, optimizer: bool = True, digests: bool = True, warn: Warn = warnings.warn
-) -> Checkpoint:
+def load(path: Path, *, optimizer: bool = True, digests: bool = True, warn: Warn = warnings.warn) -> Checkpoint:
     """Read a step folder, or the newest good step of a run's folder.
 
     `optimizer=False` leaves the optimizer's tensors unread (their digests are still checked); `digests=False`

@@ -28,9 +28,7 @@ class Draw:
     def __post_init__(self) -> None:
         problems = []
         if not 0 <= self.temperature < float("inf"):
-            problems.append(
-                f"temperature must be at least 0, got {self.temperature}: 0 is greedy, 1 the model's own"
-            )
+            problems.append(f"temperature must be at least 0, got {self.temperature}: 0 is greedy, 1 the model's own")
         if self.top_k is not None and self.top_k < 1:
             problems.append(f"top_k must be at least 1, got {self.top_k}: leave it out to keep every token")
         if not 0 < self.top_p <= 1:
@@ -56,9 +54,7 @@ def draw_rows(
     return tokens
 
 
-def draw(
-    logits: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"], options: Draw
-) -> Int64[Tensor, "row"]:
+def draw(logits: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"], options: Draw) -> Int64[Tensor, "row"]:
     """A token for each row: temperature, then top-k, then top-p, then an exact draw. Sources: arXiv:1904.09751."""
     if options.temperature == 0:
         return logits.argmax(-1)
@@ -75,9 +71,7 @@ def _weights(logits: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).exp_()
 
 
-def _categorical(
-    weights: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"]
-) -> Int64[Tensor, "row"]:
+def _categorical(weights: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"]) -> Int64[Tensor, "row"]:
     """The first id whose cumulative weight exceeds `uniform` times the row's sum."""
     rows, vocab = weights.shape
     block = min(_BLOCK, vocab)
@@ -98,9 +92,7 @@ def _categorical(
     return (chosen * block + place)[:, 0]
 
 
-def _first_with_weight(
-    index: Int64[Tensor, "row 1"], weights: Float64[Tensor, "row n"]
-) -> Int64[Tensor, "row 1"]:
+def _first_with_weight(index: Int64[Tensor, "row 1"], weights: Float64[Tensor, "row n"]) -> Int64[Tensor, "row 1"]:
     """`index`, or where rounding put it on an empty or absent entry, the last entry before it that has weight."""
     places = torch.arange(weights.shape[1], device=weights.device)
     allowed = (weights > 0) & (places <= index)

@@ -1,10 +1,10 @@
-"""What a run tells while it runs: one JSON line an entry, a line in the terminal and, where asked for, TensorBoard.
+"""What a run tells while it runs: JSON lines, a line in the terminal and, where asked for, TensorBoard.
 
     {"step": 100, "time": 1767225600.0, "loss": 5.5, "rate": 0.0003}
     {"step": 100, "time": 1767225601.0, "name": "sample", "text": "ROMEO: ..."}
 
-The file is appended to and flushed line by line; a torn last line (a crash) is dropped on resuming, and so is what
-lies beyond the resumed step. It computes no figures but the speed and the time left.
+The file is appended to and flushed line by line; a torn last line (a crash) is dropped on resuming, and so is
+what lies beyond the resumed step. It computes no figures but the speed and the time left.
 """
 
 import json
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -25,10 +25,10 @@ FILE = "journal.jsonl"
 class Journal:
     """The log of one run in a folder; a context manager.
 
-    `total`: steps of the run, for the bar and the time left. `tokens_per_step`: shows tokens/s. `resume`: the step
-    gone on from; entries beyond it are cut off. None begins a new log and refuses a folder that has one.
-    `tensorboard`: also write its event files (needs the extra). In a terminal a bar is kept up to date, elsewhere
-    a plain line is printed every `every` seconds. Raises ValueError for a log in the way, OSError from the disk.
+    `total`: steps of the run, for the bar and the time left. `tokens_per_step`: shows tokens/s. `resume`: the
+    step gone on from; entries beyond it are cut off. None begins a new log and refuses a folder that has one.
+    `tensorboard`: also write its event files (needs the extra). In a terminal a bar is kept up to date,
+    elsewhere a plain line is printed every `every` seconds. Raises ValueError for a log in the way.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Journal:
         self._tensorboard = writer
         self._progress = _Progress(console or Console(stderr=True), total, tokens_per_step, every, clock)
 
-    def write(self, step: int, **figures: float) -> None:
+    def write(self, step: int, **figures: int | float) -> None:
         """Note figures of a step (finite or not: NaN and infinities are kept as such)."""
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
         self._append({"step": step, "time": time.time(), **{n: _storable(v) for n, v in numbers.items()}})
@@ -77,7 +77,7 @@ class Journal:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Journal":
         return self
 
     def __exit__(
@@ -127,13 +127,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises ValueError naming the first line inside that is damaged.
     """
     path = path / FILE if path.is_dir() else path
-    lines = path.read_bytes().split(b"\n")
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         entry = _entry(line)
         if entry is not None:
             entries.append({key: _number(value) for key, value in entry.items()})
-        elif line and number < len(lines):
+        elif line:
             raise ValueError(f"line {number} of {path} is damaged; remove it to read the rest")
     return entries
 
@@ -141,23 +140,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class _Writer(Protocol):
-    """What is used of TensorBoard's writer."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-    def add_text(self, tag: str, text_string: str, global_step: int) -> None: ...
-    def close(self) -> None: ...
-
-
-def _tensorboard(folder: Path, resume: int | None) -> _Writer:
+def _tensorboard(folder: Path, resume: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError("TensorBoard is not installed; pip install 'esolm[tensorboard]'") from None
-    writer: _Writer = SummaryWriter(  # type: ignore[no-untyped-call]
-        str(folder / "tensorboard"), purge_step=None if resume is None else resume + 1
-    )
-    return writer
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume is None else resume + 1)
 
 
 def _cut(path: Path, step: int) -> None:
@@ -182,7 +170,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
-def _storable(value: float) -> float | str:
+def _storable(value: int | float) -> int | float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -206,7 +194,7 @@ class _Progress:
         self.console, self.every, self.clock = console, every, clock
         self.total, self.tokens_per_step = total, tokens_per_step
         self.pace = Pace(total)
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, int | float] = {}
         self.step = 0
         self.printed: float | None = None
         self.bar: Progress | None = None
@@ -221,7 +209,7 @@ class _Progress:
             self.task = self.bar.add_task("", total=total)
             self.bar.start()
 
-    def show(self, step: int, figures: dict[str, float]) -> None:
+    def show(self, step: int, figures: dict[str, int | float]) -> None:
         now = self.clock()
         if step != self.step or not self.latest:
             self.pace.tick(now, step)
@@ -232,9 +220,7 @@ class _Progress:
         elif self.printed is None or now - self.printed >= self.every or step == self.total:
             self.printed = now
             of = f"/{self.total:,}" if self.total is not None else ""
-            self.console.print(
-                f"step {step:,}{of} {self._words()}", highlight=False, markup=False, soft_wrap=True
-            )
+            self.console.print(f"step {step:,}{of} {self._words()}", highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

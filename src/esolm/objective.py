@@ -57,9 +57,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
                 part = slice(at, at + rows)
                 logits = _logits(inputs[part], matrix, bias)
                 peak, wanted_logit = logits.amax(-1, keepdim=True), logits.gather(1, targets[part, None])
-                odds = logits.sub_(
-                    peak
-                ).exp_()  # in place: a second array of this size costs more than the sum
+                odds = logits.sub_(peak).exp_()  # in place: a second array of this size costs more than the sum
                 total = odds.sum(-1, keepdim=True)
                 nll[part] = (total.log() + peak - wanted_logit)[:, 0]
                 if grad_hidden is None or grad_weight is None or grad_bias is None:

@@ -38,9 +38,7 @@ class Schedule:
         if not 0 <= self.final <= 1:
             raise ValueError(f"final is a share of the peak and must lie in [0, 1], got {self.final}")
         if self.final and self.decay == "constant":
-            raise ValueError(
-                f"final={self.final} needs decay='cosine' or 'linear'; constant has no final rate"
-            )
+            raise ValueError(f"final={self.final} needs decay='cosine' or 'linear'; constant has no final rate")
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate of update number `step` (the first is 0) in a run of `total` updates."""
@@ -166,9 +164,7 @@ class Optimizer:
         """Take over what `state` gave. Raises ValueError when names or shapes are not this model's."""
         own = self.state()
         if not state:
-            raise ValueError(
-                "the checkpoint holds no optimizer state; it can be read or trained from, not resumed"
-            )
+            raise ValueError("the checkpoint holds no optimizer state; it can be read or trained from, not resumed")
         _match(own, state, "optimizer state")
         for name, tensor in own.items():
             tensor.copy_(state[name])

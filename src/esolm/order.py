@@ -28,9 +28,7 @@ def ramp(length: int) -> Float64[Tensor, "length"]:
     return torch.arange(length, dtype=torch.float64) / length
 
 
-def apply(
-    values: Shaped[Tensor, "batch length"], order: Int64[Tensor, "batch rank"]
-) -> Shaped[Tensor, "batch rank"]:
+def apply(values: Shaped[Tensor, "batch length"], order: Int64[Tensor, "batch rank"]) -> Shaped[Tensor, "batch rank"]:
     """Values from reading order to generation order."""
     return values.gather(1, order)
 
@@ -80,9 +78,7 @@ class Interleaved(Positions):
         self, free: np.ndarray, alpha_0: float, num_steps: int | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         if num_steps is not None and num_steps < 1:
-            raise ValueError(
-                f"num_steps must be at least 1, got {num_steps}: leave it out for one token a step"
-            )
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}: leave it out for one token a step")
         if alpha_0 == 0 or len(free) == 0:
             return free[:0], np.zeros(0, dtype=np.int64)
         most = len(free) if num_steps is None else round(num_steps / alpha_0)

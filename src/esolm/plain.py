@@ -79,9 +79,7 @@ def parse(text: str, *, depth: int = MAX_DEPTH) -> Any:
         if level > depth:
             raise ValueError(f"JSON is nested more than {depth} levels deep at character {token.start()}")
     try:
-        return json.loads(
-            text, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_float=_finite
-        )
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}") from None
 
@@ -94,9 +92,7 @@ def render(data: object) -> str:
     try:
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"not plain data: {error}; allowed are dict, list, str, int, float, bool, None"
-        ) from None
+        raise ValueError(f"not plain data: {error}; allowed are dict, list, str, int, float, bool, None") from None
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -132,9 +128,7 @@ def _shown(value: object) -> str:
 def _lower(value: object, path: _KeyPath, *, tagged: bool) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
-        data: dict[str, Any] = (
-            {"type": type(value).__name__} if tagged or _abstract_above(type(value)) else {}
-        )
+        data: dict[str, Any] = {"type": type(value).__name__} if tagged or _abstract_above(type(value)) else {}
         for name in _fields(type(value)):
             ambiguous = len(_dataclasses_in(hints[name])) > 1
             data[name] = _lower(getattr(value, name), (*path, name), tagged=ambiguous)
@@ -318,9 +312,7 @@ def _concrete(classes: list[type]) -> dict[str, list[type]]:
     for cls in classes:
         if not _is_abstract(cls) and dataclasses.is_dataclass(cls):
             found[cls.__module__, cls.__qualname__] = cls
-        for below in (
-            _concrete(cls.__subclasses__()).values() if _is_abstract(cls) or _abstract_above(cls) else ()
-        ):
+        for below in _concrete(cls.__subclasses__()).values() if _is_abstract(cls) or _abstract_above(cls) else ():
             found.update({(each.__module__, each.__qualname__): each for each in below})
     named: dict[str, list[type]] = {}
     for cls in found.values():

@@ -44,9 +44,7 @@ def seal(folder: Path, names: Sequence[str], *, step: int) -> None:
     sync(folder)
 
 
-def check(
-    folder: Path, *, needed: Iterable[str], allowed: re.Pattern[str], digests: bool = True
-) -> dict[str, Any]:
+def check(folder: Path, *, needed: Iterable[str], allowed: re.Pattern[str], digests: bool = True) -> dict[str, Any]:
     """The manifest of a folder whose every file is the one it lists, with all of `needed` and nothing that
     does not match `allowed`. `digests=False` leaves out the digests and nothing else. Raises SealError."""
     if not folder.is_dir():
@@ -130,11 +128,7 @@ def _manifest(path: Path, needed: Iterable[str], allowed: re.Pattern[str]) -> di
     manifest = plain.parse(raw.decode(), depth=8)
     version = manifest.get("format")
     if version != FORMAT or isinstance(version, bool):
-        remedy = (
-            "upgrade esolm"
-            if isinstance(version, int) and version > FORMAT
-            else "it was not written by esolm"
-        )
+        remedy = "upgrade esolm" if isinstance(version, int) and version > FORMAT else "it was not written by esolm"
         raise SealError(f"{path} has format {version!r}, this version reads format {FORMAT}; {remedy}")
     files = manifest.get("files")
     if type(manifest.get("step")) is not int or manifest["step"] < 0 or not isinstance(files, dict):

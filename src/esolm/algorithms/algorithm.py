@@ -37,9 +37,7 @@ class Batch:
     @staticmethod
     def of(tokens: Texts) -> "Batch":
         """A batch of whole texts: nothing given, nothing padded."""
-        return Batch(
-            tokens=tokens, given=torch.zeros_like(tokens).bool(), valid=torch.ones_like(tokens).bool()
-        )
+        return Batch(tokens=tokens, given=torch.zeros_like(tokens).bool(), valid=torch.ones_like(tokens).bool())
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         return Batch(tokens=self.tokens[rows], given=self.given[rows], valid=self.valid[rows])
@@ -87,9 +85,7 @@ class Request:
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
         if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(
-                f"num_steps must be at least 1, got {self.num_steps}: leave it out for one token a step"
-            )
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}: leave it out for one token a step")
         outside = [position for position in self.given if not 0 <= position < self.length]
         if outside:
             raise ValueError(

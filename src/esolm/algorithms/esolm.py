@@ -67,9 +67,7 @@ class EsoLM(Algorithm):
             )
         # ranks of one order serve both terms: a row's random numbers are its own, whichever term it is in
         length = batch.tokens.shape[1]
-        times, masks, keys = (
-            noise.uniform(p, n) for p, n in ((_TIMES, 1), (_MASKS, length), (_ORDER, length))
-        )
+        times, masks, keys = (noise.uniform(p, n) for p, n in ((_TIMES, 1), (_MASKS, length), (_ORDER, length)))
         views = []
         if bool(diffused.any()):
             t = stratified_times(times[diffused], index[diffused][:, None], total)
