@@ -1,8 +1,8 @@
 """The objective of every method: `sum(weights * cross_entropy)` over rows, without ever holding all logits.
 
 The head's logits are made a chunk of rows at a time, and the gradients of hidden states and head are taken from each
-chunk while it is there: three matrix products a row, as in the plain computation, and memory of one chunk. It knows no
-algorithm and no sequence; rows come flat.
+chunk while it is there: three matrix products a row, as in the plain computation, and memory of one chunk. It knows
+views and no algorithm.
 """
 
 from typing import Any
@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from esolm.algorithms.algorithm import View
+from esolm.attention import relation
+from esolm.denoiser import Denoiser
 
 _CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, enough rows to keep a matrix product busy
 
@@ -29,6 +33,17 @@ def weighted_cross_entropy(
         hidden, head.weight, head.bias, targets, weights
     )
     return loss, nll
+
+
+def of_view(denoiser: Denoiser, view: View) -> tuple[Float[Tensor, ""], Float[Tensor, "batch row"]]:
+    """One pass of the denoiser over a view: the sum of `weights * nll` (differentiable), and `weights * nll` of each
+    row (not differentiable; zero where a row has no target). Logits are made for rows with a target only."""
+    hidden = denoiser(view.tokens, view.positions, relation(view.stage, view.public)).flatten(0, 1)
+    weights, targets = view.weights.flatten(), view.targets.flatten()
+    rows = weights.nonzero()[:, 0]
+    loss, nll = weighted_cross_entropy(hidden[rows], denoiser.head, targets[rows], weights[rows])
+    weighted = torch.zeros_like(weights).index_put_((rows,), nll * weights[rows])
+    return loss, weighted.view_as(view.weights)
 
 
 def log_probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:

@@ -5,6 +5,7 @@
 At t = 0 a share `alpha_0` is clean (what diffusion writes), at t = 1 almost nothing. It draws no tokens.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +66,7 @@ def reveal_counts(count: int, alpha_0: float, num_steps: int | None, rng: np.ran
         raise ValueError(f"num_steps must be at least 1, got {num_steps}: leave it out for one token a step")
     schedule, left, counts = LogLinear(alpha_0=alpha_0), count, []
     alphas = schedule.alpha(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)).tolist()
-    for alpha_t, alpha_s in zip(alphas[:-1], alphas[1:], strict=True):
+    for alpha_t, alpha_s in itertools.pairwise(alphas):
         revealed = int(rng.binomial(left, min(1.0, (alpha_s - alpha_t) / (1 - alpha_t))))
         counts.append(revealed)
         left -= revealed

@@ -1,4 +1,4 @@
-"""The five methods, each a file, none importing another: what the denoiser is shown, and in what order text is written."""
+"""The five methods, a file each, none importing another: what the denoiser is shown, in what order text is written."""
 
 from esolm.algorithms.algorithm import Algorithm, Plan, Request, View
 from esolm.algorithms.ar import AR

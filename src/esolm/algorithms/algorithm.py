@@ -152,6 +152,10 @@ class Algorithm(ABC):
         """
         raise ValueError(f"{type(self).__name__} has no exact likelihood in one pass: use its bound (NELBO)")
 
+    def orders(self, batch: Batch, noise: Noise) -> Int64[Tensor, "batch length"]:
+        """Orders of writing, drawn as the method draws them: for `exact`, and for the importance-weighted bound."""
+        raise ValueError(f"{type(self).__name__} has no exact likelihood in one pass: use its bound (NELBO)")
+
     @abstractmethod
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         """How a request is written; random choices come from `rng`, which is the request's own."""

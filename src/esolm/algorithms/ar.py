@@ -37,6 +37,9 @@ class AR(Algorithm):
             raise ValueError("AR writes left to right only: give the order 0, 1, 2, ...")
         return _view(batch, mask_id)
 
+    def orders(self, batch: Batch, noise: Noise) -> Int64[Tensor, "batch length"]:
+        return torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
+
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         refuse(
             self,

@@ -100,6 +100,15 @@ class EsoLM(Algorithm):
     def exact(self, batch: Batch, order: Int64[Tensor, "batch length"], mask_id: int) -> View:
         return self.sequential_of(batch, batch.scored, order, mask_id, in_order=True)
 
+    def orders(self, batch: Batch, noise: Noise) -> Int64[Tensor, "batch length"]:
+        """Given tokens, then a share of about `alpha_0` shuffled (what diffusion writes), then the rest in reading
+        order."""
+        length = batch.tokens.shape[1]
+        alpha = torch.full((len(batch.tokens), 1), self.alpha_0, dtype=torch.float64)
+        masked = ~clean_tokens(batch, alpha, noise.uniform(_MASKS, length))
+        left_to_right = ramp(length).expand_as(batch.tokens)
+        return _generation_order(batch, masked, clean_keys=noise.uniform(_ORDER, length), masked_keys=left_to_right)
+
     def diffusion(
         self,
         batch: Batch,
