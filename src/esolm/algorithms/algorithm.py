@@ -8,7 +8,7 @@ It holds the values and the interface, and no method's choices.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -63,6 +63,11 @@ class View:
     targets: Rows
     weights: RowWeights
     num_tokens: int
+
+    def to(self, device: torch.device) -> "View":
+        """The same view on a device."""
+        names = ("tokens", "positions", "stage", "public", "targets", "weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +138,16 @@ class Plan:
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(ABC):
     """A method of learning and writing text, as a value: its options are its fields."""
+
+    @property
+    @abstractmethod
+    def bound_is_exact(self) -> bool:
+        """Is the bound the log-likelihood itself (nothing is written by diffusion)?"""
+
+    @property
+    @abstractmethod
+    def length_multiple(self) -> int:
+        """What the length of every text must be a multiple of."""
 
     def check(self, config: Config) -> None:  # noqa: B027 - most methods fit every network
         """Raise ValueError if the method does not fit a network of this configuration."""

@@ -26,6 +26,14 @@ from esolm.noise import Noise
 class AR(Algorithm):
     """Left to right. It writes after a prefix; other given tokens it refuses."""
 
+    @property
+    def bound_is_exact(self) -> bool:
+        return True
+
+    @property
+    def length_multiple(self) -> int:
+        return 1
+
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
         return (_view(batch, mask_id),)
 

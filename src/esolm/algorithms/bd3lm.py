@@ -40,6 +40,14 @@ class BD3LM(Algorithm):
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {self.block_size}")
 
+    @property
+    def bound_is_exact(self) -> bool:
+        return False
+
+    @property
+    def length_multiple(self) -> int:
+        return self.block_size
+
     def check(self, config: Config) -> None:
         self._num_blocks(config.length)
 

@@ -58,6 +58,14 @@ class EsoLM(Algorithm):
         if not 0 < self.batch_split < 1:
             raise ValueError(f"batch_split must lie between 0 and 1, got {self.batch_split}")
 
+    @property
+    def bound_is_exact(self) -> bool:
+        return self.alpha_0 == 0
+
+    @property
+    def length_multiple(self) -> int:
+        return 1
+
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
         share = self.alpha_0 if self.alpha_0 in (0, 1) else self.batch_split
         diffused, index, total = share_of_batch(noise, share)

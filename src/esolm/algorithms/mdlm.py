@@ -32,6 +32,14 @@ class MDLM(Algorithm):
 
     low_variance: bool = False
 
+    @property
+    def bound_is_exact(self) -> bool:
+        return False
+
+    @property
+    def length_multiple(self) -> int:
+        return 1
+
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
         return (self._view(batch, noise, mask_id, weighted=not self.low_variance),)
 

@@ -1,0 +1,237 @@
+"""A trained model as its users hold it: network, method and tokenizer together; texts in, texts out.
+
+    model = esolm.load("runs/demo")
+    model.sample(4, prompt="ROMEO:", seed=1)      model.infill("To be, or ____, that is")      model.score("O Romeo!")
+
+Every call can be had as values too: `request` makes a `Request`, `write` yields its `Reveal`s. It trains nothing.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from esolm import checkpoint, likelihood, plain, sample
+from esolm.algorithms.algorithm import Algorithm, Batch, Request
+from esolm.denoiser import Config, Denoiser
+from esolm.draw import Draw
+from esolm.noise import Noise
+from esolm.order import Positions, Uniform
+from esolm.products import Dtype, describe, prepared
+from esolm.sample import Reveal, Written
+from esolm.tokenizer import Tokenizer
+
+_BLANK = re.compile("__+")
+_AT_ONCE = 16  # texts written or scored together
+_SEED_STRIDE = 1 << 20  # seeds of the texts of one call: seed * stride + number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely a text is: `nats` in all, over `num_tokens`; a bound for every method but an autoregressive one."""
+
+    kind: likelihood.Kind
+    nats: float
+    standard_error: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.num_tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / self.num_bytes / float(np.log(2))
+
+
+def load(
+    path: str | Path, *, average: bool = True, dtype: Dtype = "auto", device: str | torch.device = "cpu"
+) -> "Model":
+    """A model from a run's folder (its newest good step) or from one step's folder.
+
+    `average`: the averaged weights where there are any. `dtype`: of the network's products, see `products`.
+    CheckpointError if it is missing or damaged.
+    """
+    saved = checkpoint.load(Path(path), optimizer=False)
+    config = plain.from_plain(Config, saved.config["network"])
+    denoiser = Denoiser(config)
+    denoiser.load_state_dict(saved.ema if average and saved.ema is not None else saved.model)
+    return Model(
+        denoiser.to(device),
+        plain.from_plain(Algorithm, saved.config["algorithm"]),
+        Tokenizer.from_json(saved.tokenizer_json),
+        dtype=dtype,
+        facts={"step": saved.step, **saved.state, "run": saved.config.get("run")},
+    )
+
+
+class Model:
+    """Network, method and tokenizer. `facts` say how it was trained."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        algorithm: Algorithm,
+        tokenizer: Tokenizer,
+        *,
+        dtype: Dtype = "auto",
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if tokenizer.vocab_size != denoiser.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids and the network {denoiser.config.vocab_size}: "
+                "they do not belong together"
+            )
+        algorithm.check(denoiser.config)
+        self.denoiser = denoiser.eval()  # in float32, to score with
+        self.writer = prepared(denoiser, dtype)  # as it is fastest here, to write with
+        self.algorithm = algorithm
+        self.tokenizer = tokenizer
+        self.facts = facts or {}
+
+    @property
+    def length(self) -> int:
+        """The longest text, in tokens."""
+        return self.denoiser.config.length
+
+    def request(
+        self,
+        *,
+        prompt: str = "",
+        suffix: str = "",
+        length: int | None = None,
+        seed: int = 0,
+        alpha_0: float | None = None,
+        num_steps: int | None = None,
+        positions: Positions | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+    ) -> Request:
+        """A text to write: after `prompt`, before `suffix`, of `length` tokens in all (the model's, if left out).
+
+        `num_steps` counts diffusion steps (None: one token a step); `alpha_0` is the share that diffusion writes
+        (None: as trained). ValueError for what the model cannot do.
+        """
+        length = self.length if length is None else length
+        first, last = self.tokenizer.encode(prompt), self.tokenizer.encode(suffix)
+        if len(first) + len(last) > min(length, self.length):
+            raise ValueError(
+                f"the prompt has {len(first) + len(last)} tokens and the text {length} (the model's longest is "
+                f"{self.length}): shorten the prompt{'' if length >= self.length else ' or raise length'}"
+            )
+        given = dict(enumerate(first)) | {length - len(last) + i: token for i, token in enumerate(last)}
+        return Request(
+            length=length,
+            given=given,
+            alpha_0=alpha_0,
+            num_steps=num_steps,
+            positions=positions or Uniform(),
+            draw=Draw(temperature=temperature, top_k=top_k, top_p=top_p),
+            seed=seed,
+            stop_at_end=not last,
+        )
+
+    def gaps(self, text: str, *, tokens: int | None = None, **options: Any) -> Request:
+        """A text with blanks (two or more underscores) to fill: each of `tokens` tokens, or one for each underscore.
+
+        A space before a blank is the model's to write, since its tokens begin with their space.
+        """
+        given: dict[int, int] = {}
+        at = 0
+        blanks = [len(blank.group()) for blank in _BLANK.finditer(text)]
+        if not blanks:
+            raise ValueError(f"there is no blank in {text!r}: mark each with underscores, as in 'To be, or ____, that'")
+        for piece, blank in zip(_BLANK.split(text), [*blanks, 0], strict=True):
+            kept = piece.removesuffix(" ") if blank else piece
+            for token in self.tokenizer.encode(kept):
+                given[at] = token
+                at += 1
+            if blank:
+                at += blank if tokens is None else tokens
+        if at > self.length:
+            raise ValueError(f"the text has {at} tokens with its blanks, the model holds {self.length}: shorten it")
+        return replace(self.request(length=at, **options), given=given, stop_at_end=False)
+
+    def write(self, requests: Sequence[Request]) -> Iterator[Reveal]:
+        """Write texts together, yielding what each step reveals."""
+        return sample.write(self.writer, self.algorithm, requests, end_id=self.tokenizer.end_id)
+
+    def complete(self, requests: Sequence[Request]) -> list[Written]:
+        """Write texts to their ends, a few at a time. A text does not depend on the others."""
+        written: list[Written] = []
+        for at in range(0, len(requests), _AT_ONCE):
+            part = requests[at : at + _AT_ONCE]
+            written += sample.complete(self.writer, self.algorithm, part, end_id=self.tokenizer.end_id)
+        return written
+
+    def sample(self, num: int = 1, *, seed: int = 0, **options: Any) -> list[str]:
+        """`num` texts; options are those of `request`. Text `i` of a seed is the same whatever `num` is."""
+        if num < 1:
+            raise ValueError(f"num must be at least 1, got {num}")
+        request = self.request(**options)
+        requests = [replace(request, seed=seed * _SEED_STRIDE + number) for number in range(num)]
+        return [self.tokenizer.decode(written.tokens.tolist()) for written in self.complete(requests)]
+
+    def infill(self, text: str, *, tokens: int | None = None, seed: int = 0, **options: Any) -> str:
+        """The text with its blanks filled; options are those of `request`."""
+        (written,) = self.complete([self.gaps(text, tokens=tokens, seed=seed, **options)])
+        return self.tokenizer.decode(written.tokens.tolist())
+
+    def score(self, text: str, *, samples: int = 16, seed: int = 0) -> Score:
+        """How likely a text is: exactly for AR, else the NELBO from `samples` draws with its Monte Carlo error.
+
+        A text longer than the model is scored window by window, each without what came before it.
+        """
+        ids = self.tokenizer.encode(text)
+        if not ids:
+            raise ValueError("there is no text to score: it is empty")
+        nats, variance = 0.0, 0.0
+        for at in range(0, len(ids), self.length):
+            batch = self._repeated(ids[at : at + self.length], samples)
+            each = likelihood.nelbo(self.denoiser, self.algorithm, batch, _draws(seed, at, samples))
+            nats += float(each.mean())
+            variance += float(each.var()) / samples if samples > 1 else float("nan")
+        exact = self.algorithm.bound_is_exact
+        return Score(
+            kind="exact" if exact else "NELBO",
+            nats=nats,
+            standard_error=0.0 if exact else variance**0.5,
+            num_tokens=len(ids),
+            num_bytes=len(text.encode()),
+        )
+
+    def info(self) -> dict[str, str]:
+        """What it is, as labels and values to print."""
+        config, run = self.denoiser.config, self.facts.get("run") or {}
+        told = {
+            "method": repr(self.algorithm),
+            "parameters": f"{self.denoiser.num_parameters:,}",
+            "network": f"{config.layers} layers, width {config.width}, {config.heads} heads, length {config.length}",
+            "vocabulary": f"{config.vocab_size:,} ids, the last is the mask",
+            "products": describe(self.writer),
+        }
+        if run:
+            rate = run["optim"]["schedule"]["peak"]
+            told["trained"] = (
+                f"{self.facts['step']:,} of {run['num_steps']:,} steps of {run['batch_size']} texts, "
+                f"learning rate {rate:g}, seed {run['seed']}, {self.facts.get('seconds', 0) / 60:.1f} minutes"
+            )
+        return told
+
+    def _repeated(self, ids: list[int], samples: int) -> Batch:
+        """One text `samples` times, padded to a length that the method can take."""
+        length = -(-len(ids) // self.algorithm.length_multiple) * self.algorithm.length_multiple
+        tokens = torch.full((samples, length), self.tokenizer.end_id)
+        tokens[:, : len(ids)] = torch.tensor(ids)
+        valid = (torch.arange(length) < len(ids)).expand(samples, -1)
+        return Batch(tokens=tokens, given=torch.zeros_like(valid), valid=valid)
+
+
+def _draws(seed: int, step: int, samples: int) -> Noise:
+    return Noise(seed=seed, step=step, start=0, stop=samples, total=samples)

@@ -1,0 +1,350 @@
+"""The training loop in plain sight: a batch, its views, their losses, one update; and what a long run needs around it.
+
+    for step in range(first, run.num_steps):
+        loss = learn(...)           views of the batch, each term divided by its tokens, backward
+        optimizer.clip(); optimizer.update(rate(step)); average.update(step + 1)
+        journal, validation, checkpoint: when due
+
+Everything random is a function of (seed, step), so a resumed run is the same run. It reads no text and draws none.
+"""
+
+import itertools
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from esolm import checkpoint, denoiser, likelihood, objective, optim, plain
+from esolm.algorithms.algorithm import Algorithm, Batch
+from esolm.calibrate import bf16_pays
+from esolm.data import Loader
+from esolm.denoiser import Denoiser
+from esolm.journal import Journal
+from esolm.noise import Noise
+from esolm.tokenizer import Tokenizer
+
+_REFUSED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which the run cannot be saved by skipping
+_VALIDATED_AT_ONCE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run: the method, the network, the optimizer, and how long and how often."""
+
+    algorithm: Algorithm
+    network: denoiser.Config
+    num_steps: int
+    batch_size: int = 512
+    micro_batch: int | None = None  # texts that go through the network at once; None: the whole batch
+    optim: optim.Config = field(default_factory=optim.Config)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
+    seed: int = 0
+    minutes: float | None = None  # stop and save after this long, whatever the step
+    log_every: int = 10
+    validate_every: int = 1000
+    validation_texts: int = 256
+    save_every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        least = {name: 1 for name in ("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep")}
+        problems = [
+            f"{name} must be at least {low}, got {getattr(self, name)}"
+            for name, low in {**least, "validation_texts": 2}.items()
+            if getattr(self, name) < low
+        ]
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            problems.append(f"micro_batch must lie in [1, batch_size = {self.batch_size}], got {self.micro_batch}")
+        if self.minutes is not None and not self.minutes > 0:
+            problems.append(f"minutes must be positive, got {self.minutes}: leave it out for no limit")
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.algorithm.check(self.network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: its newest checkpoint, the step, the last validation, and whether it was interrupted."""
+
+    path: Path
+    step: int
+    validation: likelihood.Estimate | None
+    interrupted: bool
+    seconds: float
+
+
+class Diverged(ArithmeticError):
+    """Gradients stopped being finite and skipping updates did not help. The message says what to change."""
+
+
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer,
+    data: Loader,
+    validation: Loader | None = None,
+    resume: bool = False,
+    start: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
+    device: str | torch.device = "cpu",
+    console: Console | None = None,
+) -> Outcome:
+    """Train, with checkpoints and the journal in `folder`.
+
+    `resume` goes on from the newest checkpoint there; `start` takes the weights of another run's (to continue it or to
+    fine-tune). `origin` is noted in every checkpoint: where the data came from. Ctrl-C saves and returns.
+    ValueError for what does not fit together, Diverged, SaveError (only if the last save fails).
+    """
+    _check(run, tokenizer, folder, resume=resume, start=start)
+    state = _State(run, tokenizer, torch.device(device), origin)
+    if start is not None:
+        state.take_weights(start)
+    if resume:
+        state.restore(folder)
+    journal = Journal(
+        folder,
+        total=run.num_steps,
+        tokens_per_step=run.batch_size * run.network.length,
+        resume=state.step if resume else None,
+        tensorboard=tensorboard,
+        console=console,
+    )
+    with journal, _interruption() as interrupted:
+        _loop(state, folder, data, validation, journal, interrupted)
+        validated = None if validation is None or interrupted else _validate(state, validation, journal)
+        _save(state, folder, journal, last=True)
+    return Outcome(
+        path=folder / f"step-{state.step:09d}",
+        step=state.step,
+        validation=validated,
+        interrupted=bool(interrupted),
+        seconds=state.seconds,
+    )
+
+
+def _loop(
+    state: "_State", folder: Path, data: Loader, validation: Loader | None, journal: Journal, interrupted: list[int]
+) -> None:
+    """Steps until the run is over, out of time or interrupted."""
+    run, began = state.run, time.monotonic()
+    losses: list[float] = []
+    refused = 0
+    while state.step < run.num_steps and not interrupted:
+        if run.minutes is not None and time.monotonic() - began > 60 * run.minutes:
+            break
+        batch = data.batch(state.step, 0, run.batch_size, run.batch_size)
+        with state.autocast():
+            terms = learn(run, state.denoiser, batch, state.step)
+        rate = run.optim.schedule.rate(state.step, run.num_steps)
+        try:
+            norm = state.update(rate)
+        except optim.NotFinite as problem:
+            refused = _refuse(state, journal, problem, refused)
+            continue
+        refused = 0
+        losses.append(sum(terms.values()))
+        if state.step % run.log_every == 0 or state.step == run.num_steps:
+            loss = sum(losses) / len(losses)
+            journal.write(state.step, loss=loss, **_labelled(terms), rate=rate, norm=norm, seconds=state.seconds)
+            losses.clear()
+        if state.step == run.num_steps:
+            break  # the last validation and the last checkpoint are the caller's
+        if validation is not None and state.step % run.validate_every == 0:
+            _validate(state, validation, journal)
+        if state.step % run.save_every == 0:
+            _save(state, folder, journal, last=False)
+
+
+def learn(run: Run, model: Denoiser, batch: Batch, step: int) -> dict[str, float]:
+    """Gradients of the loss of one global batch, left in the parameters; returns each term in nats a token.
+
+    A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient.
+    """
+    device, mask_id = model.embed.weight.device, model.config.mask_id
+    total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+    model.train()
+    views = []
+    for at in range(0, total, micro):
+        stop = min(at + micro, total)
+        noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
+        views += run.algorithm.views(batch[at:stop], noise, mask_id)
+    tokens: Counter[str] = Counter()
+    for view in views:
+        tokens[view.term] += view.num_tokens
+    terms = dict.fromkeys(tokens, 0.0)
+    for view in views:
+        if not tokens[view.term]:
+            continue  # nothing but prompts and padding
+        loss, _ = objective.of_view(model, view.to(device))
+        loss = loss / tokens[view.term]
+        loss.backward()  # type: ignore[no-untyped-call]
+        terms[view.term] += loss.item()
+    return terms
+
+
+class _State:
+    """What changes as a run goes on, and what its checkpoints hold."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, device: torch.device, origin: Mapping[str, Any] | None) -> None:
+        self.run = run
+        self.tokenizer = tokenizer
+        self.origin = dict(origin or {})
+        generator = torch.Generator().manual_seed(run.seed)
+        self.denoiser = Denoiser(run.network, generator).to(device)
+        self.optimizer = optim.Optimizer(self.denoiser, run.optim)
+        decay = run.optim.average
+        self.average = None if decay is None else optim.WeightAverage(self.denoiser, decay)
+        self.step = 0
+        self._bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
+        self._before, self._since = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, interruptions left out."""
+        return self._before + time.monotonic() - self._since
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bf16 where the run wants them so, or where they are faster and it leaves the choice."""
+        return torch.autocast(self.denoiser.embed.weight.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+
+    def update(self, rate: float) -> float:
+        """Clip, update, average; returns the norm that the gradient had. Raises optim.NotFinite."""
+        norm = self.optimizer.clip()
+        self.optimizer.update(rate)
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        return norm
+
+    def snapshot(self) -> checkpoint.Checkpoint:
+        return checkpoint.Checkpoint(
+            step=self.step,
+            model=dict(self.denoiser.named_parameters()),
+            ema=self.average.state() if self.average else None,
+            optim=self.optimizer.state(),
+            config=description(self.run),
+            tokenizer_json=self.tokenizer.to_json(),
+            state={"seconds": self.seconds, "origin": self.origin},
+        )
+
+    def restore(self, folder: Path) -> None:
+        saved = checkpoint.load(folder)
+        if saved.config["network"] != plain.to_plain(self.run.network):
+            raise ValueError(f"the run in {folder} has another network: resume it with the options it began with")
+        self._write(saved.model)
+        self.optimizer.load(saved.optim)
+        if self.average is not None and saved.ema is not None:
+            self.average.load(saved.ema)
+        self.step = saved.step
+        self._before, self._since = float(saved.state["seconds"]), time.monotonic()
+
+    def take_weights(self, path: Path) -> None:
+        """Begin with the (averaged) weights of a checkpoint of the same network and tokenizer."""
+        saved = checkpoint.load(path, optimizer=False)
+        theirs, ours = saved.config["network"], plain.to_plain(self.run.network)
+        for name in ours:
+            if name != "dropout" and theirs.get(name) != ours[name]:
+                raise ValueError(f"{path} has {name} = {theirs.get(name)}, this run {ours[name]}: choose the same")
+        if saved.tokenizer_json != self.tokenizer.to_json():
+            raise ValueError(f"{path} was trained with another tokenizer: train with its own (tokenizer.json in it)")
+        self._write(saved.ema or saved.model)
+        if self.average is not None:
+            self.average = optim.WeightAverage(self.denoiser, self.average.decay)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        own = dict(self.denoiser.named_parameters())
+        if own.keys() != weights.keys():
+            raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[0]} is in one only")
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def description(run: Run) -> dict[str, Any]:
+    """What a checkpoint records of a run: enough to build the model, and the run itself."""
+    data: dict[str, Any] = plain.to_plain(run)
+    return {"algorithm": plain.to_plain(run)["algorithm"], "network": data["network"], "run": data}
+
+
+def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start: Path | None) -> None:
+    if tokenizer.vocab_size != run.network.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the network {run.network.vocab_size}: "
+            f"set network.vocab_size to {tokenizer.vocab_size}"
+        )
+    if resume and start is not None:
+        raise ValueError("resume goes on with the run in the folder, start begins another from its weights: choose one")
+    if not resume and folder.is_dir() and checkpoint.newest(folder, warn=lambda _: None) is not None:
+        raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
+
+
+def _labelled(terms: Mapping[str, float]) -> dict[str, float]:
+    return {f"loss_{term}": value for term, value in terms.items()} if len(terms) > 1 else {}
+
+
+def _refuse(state: _State, journal: Journal, problem: optim.NotFinite, refused: int) -> int:
+    """Skip an update whose gradient is not finite, a few times in a row at most."""
+    state.optimizer.forget()
+    state.step += 1
+    journal.text(state.step, "warning", f"update skipped: {problem}")
+    if refused + 1 == _REFUSED_IN_A_ROW:
+        raise Diverged(
+            f"{_REFUSED_IN_A_ROW} updates in a row had gradients that are not finite, the last at step {state.step}: "
+            "resume from the newest checkpoint with a lower learning rate (optim.schedule.peak) or dtype=float32"
+        )
+    return refused + 1
+
+
+def _validate(state: _State, validation: Loader, journal: Journal) -> likelihood.Estimate:
+    """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
+    run = state.run
+    at_once = min(_VALIDATED_AT_ONCE, run.validation_texts)
+    texts = itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once))
+    state.denoiser.eval()
+    with state.average.swapped() if state.average else nullcontext(), state.autocast():
+        found = likelihood.estimate(state.denoiser, run.algorithm, texts, total=run.validation_texts, seed=run.seed)
+    journal.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
+    return found
+
+
+def _save(state: _State, folder: Path, journal: Journal, *, last: bool) -> None:
+    """Save; if that fails in mid-run (a full disk), say so and train on: the next save may succeed."""
+    try:
+        checkpoint.save(folder, state.snapshot(), keep=state.run.keep)
+    except checkpoint.SaveError as problem:
+        if last:
+            raise
+        journal.text(state.step, "warning", str(problem))
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """A list that a first Ctrl-C (or SIGTERM) fills, so that the step ends and the run is saved; a second one raises."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # only the main thread may listen to signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
