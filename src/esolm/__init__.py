@@ -1,1 +1,55 @@
-"""Language models between autoregression and masked diffusion: train, evaluate, sample."""
+"""Language models between autoregression and masked diffusion: train, evaluate, sample.
+
+    import esolm
+    model = esolm.load("out/demo/run")
+    print(model.sample(prompt="ROMEO:")[0])
+
+Names are imported when they are first used, so that `import esolm` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
+    from esolm.denoiser import Config, Denoiser
+    from esolm.model import Model, load
+    from esolm.order import Interleaved, Uniform
+    from esolm.tokenizer import Tokenizer
+    from esolm.train import Run, train
+
+__all__ = [
+    "AR",
+    "BD3LM",
+    "MDLM",
+    "Config",
+    "Denoiser",
+    "EsoLM",
+    "Interleaved",
+    "Model",
+    "Run",
+    "Tokenizer",
+    "Uniform",
+    "load",
+    "train",
+]
+__version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("AR", "BD3LM", "MDLM", "EsoLM"), "esolm.algorithms"),
+    **dict.fromkeys(("Config", "Denoiser"), "esolm.denoiser"),
+    **dict.fromkeys(("Model", "load"), "esolm.model"),
+    **dict.fromkeys(("Interleaved", "Uniform"), "esolm.order"),
+    "Tokenizer": "esolm.tokenizer",
+    **dict.fromkeys(("Run", "train"), "esolm.train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'esolm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,126 @@
+"""From a name of some text to what training reads: documents, a tokenizer, tokens on disk, and two loaders.
+
+    Source(data="books/")  ->  runs/x/tokenizer.json, runs/x/data/  ->  Text.training(length), Text.validation(length)
+
+A source is recorded in every checkpoint, so that `--resume` needs the run's folder only. It trains no model.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from esolm import checkpoint, corpus, plain
+from esolm.data import Loader, PairData, TokenData, tokenize, tokenize_pairs
+from esolm.denoiser import Config
+from esolm.tokenizer import Tokenizer
+from esolm.train import Run
+
+_BYTES = 258  # ids of a byte tokenizer: 256 bytes, end-of-text, mask
+_LEARNED_FROM = 20_000  # documents that a new tokenizer is trained on at most
+_SHIPPED = ("shakespeare",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where texts come from, and which share of the documents is held out."""
+
+    data: str
+    pairs: bool = False
+    field: str | None = None
+    answer: str = "answer"
+    validation: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation is the share held out and must lie in (0, 1), got {self.validation}")
+
+    def documents(self) -> Iterator[str]:
+        """Whole texts. For pairs, prompt and answer one after the other."""
+        if self.pairs:
+            return itertools.chain.from_iterable(self.question_and_answer())
+        return corpus.documents(located(self.data), field=self.field or "text")
+
+    def question_and_answer(self) -> Iterator[tuple[str, str]]:
+        return corpus.pairs(located(self.data), prompt=self.field or "prompt", answer=self.answer)
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint records, to be read by `resumed`."""
+        data: dict[str, Any] = plain.to_plain(self)
+        return data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Tokens to learn from and tokens held out."""
+
+    tokenizer: Tokenizer
+    learned: TokenData | PairData
+    held_out: TokenData | PairData
+
+    def training(self, length: int, seed: int = 0) -> Loader:
+        return Loader(self.learned, length=length, seed=seed)
+
+    def validation(self, length: int) -> Loader:
+        return Loader(self.held_out, length=length)
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int = 4096,
+    console: Console | None = None,
+) -> Text:
+    """Tokenize a source into `folder/data`, with the tokenizer given, or the one already in the folder, or a BPE of
+    `vocab_size` learned from the source (258: bytes). What is there already is used again. DataError for bad input."""
+    kept = folder / "tokenizer.json"
+    if tokenizer is None and kept.exists():
+        tokenizer = Tokenizer.load(kept)
+    if tokenizer is None:
+        texts = itertools.islice(source.documents(), _LEARNED_FROM)
+        tokenizer = Tokenizer.bytes() if vocab_size == _BYTES else Tokenizer.train(texts, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(kept)
+    data: TokenData | PairData
+    if source.pairs:
+        data = tokenize_pairs(source.question_and_answer(), tokenizer, folder / "data", console=console)
+    else:
+        data = tokenize(source.documents(), tokenizer, folder / "data", console=console)
+    learned, held_out = data.split(source.validation, seed=source.seed)
+    return Text(tokenizer=tokenizer, learned=learned, held_out=held_out)
+
+
+def located(data: str) -> str | Path:
+    """A source's name, or the file of a corpus that is shipped."""
+    return corpus.shipped(data) if data in _SHIPPED and not Path(data).exists() else data
+
+
+def tokenizer_of(path: Path | None, start: Path | None) -> Tokenizer | None:
+    """The tokenizer of a file, or of the checkpoint that a run begins with."""
+    if path is not None:
+        return Tokenizer.load(path)
+    if start is not None:
+        return Tokenizer.from_json(checkpoint.load(start, optimizer=False).tokenizer_json)
+    return None
+
+
+def like(run: Run, start: Path) -> Run:
+    """The run with the network of a checkpoint, which it is to begin with."""
+    saved = checkpoint.load(start, optimizer=False)
+    network = plain.from_plain(Config, saved.config["network"])
+    return replace(run, network=replace(network, dropout=run.network.dropout))
+
+
+def resumed(folder: Path) -> tuple[Run, Source]:
+    """The run in a folder and its source. CheckpointError or ValueError if there is none to go on with."""
+    saved = checkpoint.load(folder, optimizer=False)
+    origin: Mapping[str, Any] = saved.state.get("origin") or {}
+    if not origin:
+        raise ValueError(f"the run in {folder} does not say where its data came from: resume it from Python")
+    return plain.from_plain(Run, saved.config["run"]), plain.from_plain(Source, origin)
