@@ -4,13 +4,17 @@ torch is imported inside the commands, so that `--help` answers at once. Exit co
 3 data or a checkpoint is missing or damaged, 75 stopped by a signal after saving (go on with --resume), 130 Ctrl-C.
 """
 
+import inspect
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
+
+from esolm import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -264,3 +268,212 @@ def evaluate(
             _print_json(row.values())
     else:
         _console(stderr=False).print(table(rows))
+def tokenize(
+    data: Place[str],
+    out: Path,
+    tokenizer: Path | None = None,
+    vocab_size: int = 4096,
+    field: str = "text",
+) -> None:
+    """Turn text into tokens on disk, once; training reads them from there.
+
+    Examples:
+
+      esolm tokenize books/ --out tokens/books --vocab-size 8192
+      esolm tokenize hf:roneneldan/TinyStories --out tokens/stories --tokenizer tokenizer.json
+
+    In Python: data.tokenize(corpus.documents("books/"), tokenizer, folder).
+
+    Args:
+        data: A text file, a folder, JSON lines, Parquet, hf:NAME, or the shipped "shakespeare".
+        out: Folder for the tokenizer and the tokens.
+        tokenizer: A tokenizer.json (or its folder); left out, a BPE is trained on the data.
+        vocab_size: Size of the BPE that is trained; 258 is plain bytes.
+        field: Field of the text in JSON lines, Parquet or a data set.
+    """
+    from esolm import prepare
+
+    source = prepare.Source(data=data, field=field)
+    known = prepare.tokenizer_of(tokenizer, None)
+    tokens = prepare.tokens(source, out, tokenizer=known, vocab_size=vocab_size, console=_console())
+    _say(f"{tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents in {out}")
+
+
+def info(checkpoint: Place[Path], json: bool = False) -> None:
+    """What a checkpoint is: method, size, how it was trained, what its products run on here.
+
+    Examples:
+
+      esolm info runs/first
+
+    In Python: esolm.load("runs/first").info().
+
+    Args:
+        checkpoint: A run's folder or one step of it.
+        json: Print JSON.
+    """
+    told = _load(checkpoint, "auto", "cpu").info()
+    if json:
+        _print_json(told)
+        return
+    width = max(map(len, told))
+    for label, value in told.items():
+        print(f"{label:<{width}}  {value}")
+
+
+def verify(checkpoint: Place[Path]) -> None:
+    """Check a checkpoint byte for byte.
+
+    Examples:
+
+      esolm verify runs/first
+
+    In Python: checkpoint.verify(checkpoint.newest(folder)).
+
+    Args:
+        checkpoint: A run's folder or one step of it.
+    """
+    from esolm import checkpoint as checkpoints
+
+    path = checkpoint if checkpoints.is_step(checkpoint) else checkpoints.newest(checkpoint)
+    if path is None:
+        raise checkpoints.CheckpointError(f"no checkpoint in {checkpoint}; expected a folder like step-000001000 in it")
+    checkpoints.verify(path)
+    _say(f"{path} is whole")
+
+
+def demo(out: Path = Path("out/demo"), minutes: float = 6.0, seed: int = 0) -> None:
+    """Train a small Eso-LM on Shakespeare, watch it write, and leave a report to open.
+
+    Examples:
+
+      esolm demo
+      esolm demo --minutes 20 --out out/longer
+
+    In Python: demo.run(Path("out/demo"), minutes=6).
+
+    Args:
+        out: Folder for the run and report.html.
+        minutes: Time for training.
+        seed: Of everything.
+    """
+    from esolm.demo import run
+
+    run(out, minutes=minutes, seed=seed, console=_console(stderr=False))
+
+
+_COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "infill": infill,
+    "evaluate": evaluate,
+    "tokenize": tokenize,
+    "info": info,
+    "verify": verify,
+    "demo": demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Errors of the user are one line on stderr, and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments in (["--version"], ["-V"]):
+        print(f"esolm {__version__}")
+        return
+    name = arguments[0] if arguments else ""
+    _suggest_command(arguments)
+    try:
+        if name not in _COMMANDS:  # --help, or nothing
+            tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="esolm", description=_DESCRIPTION, args=arguments)
+        command = _COMMANDS[name]
+        told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
+        tyro.cli(command, prog=f"esolm {name}", description=told, args=arguments[1:])
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        sys.exit(0)
+    except (ValueError, ArithmeticError, OSError) as problem:
+        _fail(str(problem), _exit_code(problem))
+
+
+_DESCRIPTION = "Language models between autoregression and masked diffusion: train, evaluate, sample."
+
+
+def _suggest_command(arguments: Sequence[str]) -> None:
+    from esolm.plain import nearest
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        _fail(f"there is no command {arguments[0]!r}{nearest(arguments[0], _COMMANDS)}; there are {known}", 2)
+
+
+def _exit_code(problem: Exception) -> int:
+    from esolm.checkpoint import CheckpointError
+    from esolm.corpus import DataError
+
+    if isinstance(problem, CheckpointError | DataError):
+        return 3
+    return 2 if isinstance(problem, ValueError) else 1
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"esolm: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def _console(*, stderr: bool = True) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device {name!r} here: use cpu, or auto") from None
+    return name
+
+
+def _load(path: Path, dtype: DtypeName, device: str) -> "Model":
+    from esolm.model import load
+
+    return load(path, dtype=dtype, device=_device(device))
+
+
+def _assignments(settings: Sequence[str]) -> dict[str, object]:
+    """`key=value` settings; a value is JSON where it is JSON, else a word."""
+    changes: dict[str, object] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value, got {setting!r}")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return changes
+
+
+def _write(model: "Model", first: "Request", options: Writing) -> None:
+    """Write the texts of a request and its next seeds: live in a terminal, as JSON lines, or plainly."""
+    from esolm.texts import as_json, requests_of, show
+
+    requests = requests_of(first, options.num, options.seed)
+    if options.json or options.output is not None:
+        as_json(model, requests, options.output, console=_console())
+    else:
+        show(model, requests, live=options.live, console=_console(stderr=False))

@@ -1,0 +1,171 @@
+"""Text to ids and back: bytes, a byte-level BPE learned here, or any `tokenizer.json`, with end-of-text and mask.
+
+    ids   0 ... pieces of text ... [end-of-text] ... [mask]      the mask is always the last id
+
+Text never yields a special id, whatever it says: "<|mask|>" in a text is eight ordinary characters. The `tokenizers`
+library does the work; this file adds the two special ids and errors that teach. It reads no corpora.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+END, MASK = "<|endoftext|>", "<|mask|>"
+_KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_GPT2_FILES = ("encoder.json", "vocab.bpe")
+
+
+class Tokenizer:
+    """Ids of texts. Made by `bytes`, `train`, `load` or `from_json`."""
+
+    def __init__(self, backend: Backend) -> None:
+        vocab = backend.get_vocab(with_added_tokens=True)
+        end = next((name for name in _KNOWN_ENDS if name in vocab), END)
+        backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
+        backend.encode_special_tokens = True  # special tokens spelled out in a text are text
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.end_id: int = backend.token_to_id(end)
+        self.mask_id: int = backend.token_to_id(MASK)
+        highest = max(backend.get_vocab(with_added_tokens=True).values())
+        if self.mask_id != highest:
+            raise ValueError(
+                f"the mask must be the last id, but it is {self.mask_id} and the last is {highest}: "
+                f"remove {MASK} from the tokenizer, and it is added where it belongs"
+            )
+
+    @staticmethod
+    def bytes() -> "Tokenizer":
+        """One id for each byte: 0 to 255, then end-of-text 256 and mask 257."""
+        letters = {letter: byte for byte, letter in _byte_letters().items()}
+        return Tokenizer(_byte_level(models.BPE(vocab=letters, merges=[])))
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of `vocab_size` ids, end-of-text and mask included. The same texts give the same ids.
+
+        ValueError if `vocab_size` is below 258 or the texts have too few pairs for it.
+        """
+        if vocab_size < 258:
+            raise ValueError(f"vocab_size must be at least 258 (256 bytes, end-of-text, mask), got {vocab_size}")
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        found = Tokenizer(backend)
+        if found.vocab_size != vocab_size:
+            raise ValueError(
+                f"the texts have pairs for {found.vocab_size} ids only, not {vocab_size}: "
+                f"choose vocab_size {found.vocab_size} or give more text"
+            )
+        return found
+
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        """From a tokenizer.json, a folder that holds one, or a folder with GPT-2's encoder.json and vocab.bpe.
+
+        ValueError if there is none or it cannot be read.
+        """
+        path = Path(path)
+        if path.is_dir() and (path / "tokenizer.json").is_file():
+            path = path / "tokenizer.json"
+        if path.is_dir():
+            encoder, merges = (path / name for name in _GPT2_FILES)
+            if encoder.is_file() and merges.is_file():
+                return Tokenizer(_byte_level(models.BPE.from_file(str(encoder), str(merges))))
+            raise ValueError(f"there is no tokenizer in {path}: it needs tokenizer.json, or {' and '.join(_GPT2_FILES)}")
+        if not path.is_file():
+            raise ValueError(f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
+        try:
+            return Tokenizer.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as problem:
+            raise ValueError(f"cannot read the tokenizer {path}: {problem}") from None
+
+    @staticmethod
+    def from_json(text: str) -> "Tokenizer":
+        """From what `to_json` gave, or any other tokenizer.json. ValueError if it is not one."""
+        try:
+            backend = Backend.from_str(text)
+        except Exception as problem:  # the library raises plain Exception
+            raise ValueError(f"this is no tokenizer.json: {problem}") from None
+        return Tokenizer(backend)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as JSON, special ids included."""
+        text: str = self._backend.to_str()
+        return text
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, end-of-text and mask included."""
+        return self.mask_id + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the tokenizer's JSON: equal digests, equal ids."""
+        return hashlib.sha256(json.dumps(json.loads(self.to_json()), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without end-of-text. Never a special id."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], mask: str = "\u2591") -> str:
+        """The text of ids; masks are shown as `mask`, end-of-text is left out, broken UTF-8 becomes U+FFFD.
+
+        ValueError for an id out of range.
+        """
+        self._check(ids)
+        kept = [token for token in ids if token != self.end_id]
+        parts = []
+        for masked, run in groupby(kept, key=lambda token: token == self.mask_id):
+            tokens = list(run)
+            parts.append(mask * len(tokens) if masked else self._backend.decode(tokens, skip_special_tokens=False))
+        return "".join(parts)
+
+    def num_bytes(self, ids: Sequence[int]) -> int:
+        """Bytes of text that ids stand for, special ids left out. A character cut in two counts by its bytes."""
+        self._check(ids)
+        kept = [token for token in ids if token not in (self.end_id, self.mask_id)]
+        if isinstance(self._backend.decoder, decoders.ByteLevel):  # a piece has one letter for each byte
+            return sum(len(self._backend.id_to_token(token)) for token in kept)
+        return len(self.decode(kept).encode())
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"id {token} is not in the vocabulary: ids lie in [0, {self.vocab_size})")
+
+
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in byte-level BPE (GPT-2): printable ones for themselves, the others from
+    U+0100 on, in order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
