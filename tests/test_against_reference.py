@@ -1,6 +1,6 @@
 """The authors' numbers, case by case: logits, losses, likelihoods and cached sampling of networks with random weights.
 
-Every `<name>.json` in the folder `ESOLM_REFERENCE_DIR` (default: the copy beside this file) is tried; it gives the sizes.
+Every `<name>.json` in the folder `ESOLM_REFERENCE_DIR` (default: the copy beside this file) is tried, with its sizes.
 """
 
 import json

@@ -16,17 +16,19 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # A module imports only from lines above its own.
 LEVELS = (
     "types plain noise",
-    "schedule attention draw products calibrate seal",
+    "schedule attention draw calibrate seal",
     "order cache",
     "denoiser",
+    "products",
     "algorithms.algorithm",
     "algorithms.ar algorithms.bd3lm algorithms.esolm algorithms.mdlm",
     "algorithms",
     "objective",
     "tokenizer corpus optim ranks journal checkpoint importers sample likelihood quality",
     "data watch",
-    "model train evaluate bench report",
-    "recipes",
+    "model train report",
+    "evaluate bench recipes texts",
+    "prepare demo",
     "cli __init__",
     "__main__",
 )

@@ -38,7 +38,7 @@ def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Who reads whom in one pass, in the form that a backend takes: everybody, plain causal, a mask, or a block mask."""
+    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask."""
 
     causal: bool = False
     mask: Bool[Tensor, "batch 1 row key"] | None = None

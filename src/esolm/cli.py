@@ -7,7 +7,7 @@ torch is imported inside the commands, so that `--help` answers at once. Exit co
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
 DtypeName = Literal["auto", "float32", "bfloat16", "int8"]
-Place = tyro.conf.Positional  # an argument that is given by its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +133,7 @@ def train(
     from esolm.plain import replace
     from esolm.train import train as run_training
 
-    source = prepare.Source(
-        data=data, pairs=pairs, field=field, answer=answer, validation=validation, seed=seed
-    )
+    source = prepare.Source(data=data, pairs=pairs, field=field, answer=answer, validation=validation, seed=seed)
     if resume:
         run, source = prepare.resumed(out)
         text = prepare.prepare(source, out, console=_console())
@@ -172,7 +169,7 @@ def train(
 
 
 def sample(
-    checkpoint: Place[Path],
+    checkpoint: tyro.conf.Positional[Path],
     prompt: str = "",
     suffix: str = "",
     length: int | None = None,
@@ -199,7 +196,12 @@ def sample(
     _write(model, model.request(prompt=prompt, suffix=suffix, length=length, **options.of_request()), options)
 
 
-def infill(checkpoint: Place[Path], text: Place[str], tokens: int | None = None, options: Annotated[Writing, tyro.conf.arg(name="")] = _WRITING) -> None:
+def infill(
+    checkpoint: tyro.conf.Positional[Path],
+    text: tyro.conf.Positional[str],
+    tokens: int | None = None,
+    options: Annotated[Writing, tyro.conf.arg(name="")] = _WRITING,
+) -> None:
     """Fill the blanks of a text: runs of two or more underscores, a token for each underscore.
 
     Examples:
@@ -220,7 +222,7 @@ def infill(checkpoint: Place[Path], text: Place[str], tokens: int | None = None,
 
 
 def evaluate(
-    checkpoints: Place[tuple[Path, ...]],
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
     data: str = "shakespeare",
     field: str = "text",
     samples: int = 4,
@@ -268,8 +270,10 @@ def evaluate(
             _print_json(row.values())
     else:
         _console(stderr=False).print(table(rows))
+
+
 def tokenize(
-    data: Place[str],
+    data: tyro.conf.Positional[str],
     out: Path,
     tokenizer: Path | None = None,
     vocab_size: int = 4096,
@@ -295,11 +299,11 @@ def tokenize(
 
     source = prepare.Source(data=data, field=field)
     known = prepare.tokenizer_of(tokenizer, None)
-    tokens = prepare.tokens(source, out, tokenizer=known, vocab_size=vocab_size, console=_console())
+    _, tokens = prepare.tokens(source, out, tokenizer=known, vocab_size=vocab_size, console=_console())
     _say(f"{tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents in {out}")
 
 
-def info(checkpoint: Place[Path], json: bool = False) -> None:
+def info(checkpoint: tyro.conf.Positional[Path], json: bool = False) -> None:
     """What a checkpoint is: method, size, how it was trained, what its products run on here.
 
     Examples:
@@ -321,7 +325,7 @@ def info(checkpoint: Place[Path], json: bool = False) -> None:
         print(f"{label:<{width}}  {value}")
 
 
-def verify(checkpoint: Place[Path]) -> None:
+def verify(checkpoint: tyro.conf.Positional[Path]) -> None:
     """Check a checkpoint byte for byte.
 
     Examples:
@@ -362,7 +366,7 @@ def demo(out: Path = Path("out/demo"), minutes: float = 6.0, seed: int = 0) -> N
     run(out, minutes=minutes, seed=seed, console=_console(stderr=False))
 
 
-_COMMANDS = {
+_COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "sample": sample,
     "infill": infill,

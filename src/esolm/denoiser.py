@@ -210,7 +210,7 @@ def rotate(
     cos: Float[Tensor, "batch 1 row half"],
     sin: Float[Tensor, "batch 1 row half"],
 ) -> Float[Tensor, "batch head row dim"]:
-    """Rotary position: each pair (a, b), a from the first half of the head and b from the second, turned by its angle."""
+    """Rotary position: each pair (a, b), from the first and the second half of the head, turned by its angle."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

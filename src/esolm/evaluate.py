@@ -77,9 +77,7 @@ def evaluate(
         plans.append(("importance-weighted bound", orders))
     rows = []
     for kind, draws in plans:
-        batches = track(
-            list(_batches(model, windows)), description=f"{name} · {kind}", console=console, transient=True
-        )
+        batches = track(list(_batches(model, windows)), description=f"{name} · {kind}", console=console, transient=True)
         found = likelihood.estimate(
             model.denoiser, model.algorithm, batches, kind=kind, samples=draws, total=len(windows), seed=seed
         )

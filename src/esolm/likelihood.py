@@ -111,9 +111,7 @@ def _measure(
     return -importance_weighted(denoiser, algorithm, batch, noise, samples)
 
 
-def _summary(
-    nats: Float64[Tensor, "text"], tokens: Float64[Tensor, "text"], kind: Kind, samples: int
-) -> Estimate:
+def _summary(nats: Float64[Tensor, "text"], tokens: Float64[Tensor, "text"], kind: Kind, samples: int) -> Estimate:
     """The ratio of sums, and its standard error from the spread of the texts about it."""
     texts, count = len(nats), float(tokens.sum())
     if not count:

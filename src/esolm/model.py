@@ -63,7 +63,7 @@ def load(
     denoiser.load_state_dict(saved.ema if average and saved.ema is not None else saved.model)
     return Model(
         denoiser.to(device),
-        plain.from_plain(Algorithm, saved.config["algorithm"]),
+        plain.from_plain(Algorithm, saved.config["algorithm"]),  # type: ignore[type-abstract]
         Tokenizer.from_json(saved.tokenizer_json),
         dtype=dtype,
         facts={"step": saved.step, **saved.state, "run": saved.config.get("run")},

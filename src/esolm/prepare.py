@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from esolm import checkpoint, corpus, plain
-from esolm.data import Loader, PairData, TokenData, tokenize, tokenize_pairs
+from esolm.data import Loader, TokenData, tokenize, tokenize_pairs
 from esolm.denoiser import Config
 from esolm.tokenizer import Tokenizer
 from esolm.train import Run
@@ -59,8 +59,8 @@ class Text:
     """Tokens to learn from and tokens held out."""
 
     tokenizer: Tokenizer
-    learned: TokenData | PairData
-    held_out: TokenData | PairData
+    learned: TokenData
+    held_out: TokenData
 
     def training(self, length: int, seed: int = 0) -> Loader:
         return Loader(self.learned, length=length, seed=seed)
@@ -77,6 +77,20 @@ def prepare(
     vocab_size: int = 4096,
     console: Console | None = None,
 ) -> Text:
+    """Tokens of a source, kept in `folder/data`, and which of them are held out. See `tokens`."""
+    known, data = tokens(source, folder, tokenizer=tokenizer, vocab_size=vocab_size, console=console)
+    learned, held_out = data.split(source.validation, seed=source.seed)
+    return Text(tokenizer=known, learned=learned, held_out=held_out)
+
+
+def tokens(
+    source: Source,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int = 4096,
+    console: Console | None = None,
+) -> tuple[Tokenizer, TokenData]:
     """Tokenize a source into `folder/data`, with the tokenizer given, or the one already in the folder, or a BPE of
     `vocab_size` learned from the source (258: bytes). What is there already is used again. DataError for bad input."""
     kept = folder / "tokenizer.json"
@@ -85,15 +99,14 @@ def prepare(
     if tokenizer is None:
         texts = itertools.islice(source.documents(), _LEARNED_FROM)
         tokenizer = Tokenizer.bytes() if vocab_size == _BYTES else Tokenizer.train(texts, vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(kept)
-    data: TokenData | PairData
+    name = plain.render(source.origin())
     if source.pairs:
-        data = tokenize_pairs(source.question_and_answer(), tokenizer, folder / "data", console=console)
+        pairs = source.question_and_answer()
+        data = tokenize_pairs(pairs, tokenizer, folder / "data", source=name, console=console)
     else:
-        data = tokenize(source.documents(), tokenizer, folder / "data", console=console)
-    learned, held_out = data.split(source.validation, seed=source.seed)
-    return Text(tokenizer=tokenizer, learned=learned, held_out=held_out)
+        data = tokenize(source.documents(), tokenizer, folder / "data", source=name, console=console)
+    tokenizer.save(kept)
+    return tokenizer, data
 
 
 def located(data: str) -> str | Path:

@@ -54,7 +54,9 @@ def shakespeare(algorithm: Algorithm, vocab_size: int) -> Run:
     return Run(
         algorithm=algorithm,
         network=Config(vocab_size=vocab_size, length=256, width=384, layers=6, heads=6, dropout=0.1),
-        optim=Optim(schedule=Schedule(peak=1e-3, warmup=0.05, decay="cosine", final=0.1), weight_decay=0.01, average=0.999),
+        optim=Optim(
+            schedule=Schedule(peak=1e-3, warmup=0.05, decay="cosine", final=0.1), weight_decay=0.01, average=0.999
+        ),
         num_steps=3000,
         batch_size=32,
         validate_every=250,

@@ -84,7 +84,7 @@ class Writer:
         self._end_id = end_id
         plans = [algorithm.plan(request, generator(request.seed, _PLAN)) for request in requests]
         self._plans = _Tables(plans)
-        self._tokens = np.full(self._plans.order.shape, config.mask_id)
+        self._tokens = np.full_like(self._plans.order, config.mask_id)
         for text, (request, plan) in enumerate(zip(requests, plans, strict=True)):
             known = np.array([request.given.get(int(place), config.mask_id) for place in plan.order])
             self._tokens[text, : len(known)] = known
@@ -260,10 +260,12 @@ def _check(denoiser: Denoiser, algorithm: Algorithm, requests: Sequence[Request]
     for request in requests:
         if request.length > config.length:
             raise ValueError(
-                f"a text of {request.length} tokens is longer than the model's {config.length}: shorten it or its prompt"
+                f"a text of {request.length} tokens is longer than the model's {config.length}: "
+                "shorten it or its prompt"
             )
         for position, token in request.given.items():
             if not 0 <= token < config.mask_id:
                 raise ValueError(
-                    f"given token {token} at position {position} is not in the vocabulary: ids lie in [0, {config.mask_id})"
+                    f"given token {token} at position {position} is not in the vocabulary: "
+                    f"ids lie in [0, {config.mask_id})"
                 )

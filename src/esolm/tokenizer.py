@@ -33,9 +33,8 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self.end_id: int = backend.token_to_id(end)
-        self.mask_id: int = backend.token_to_id(MASK)
-        highest = max(backend.get_vocab(with_added_tokens=True).values())
+        vocab = backend.get_vocab(with_added_tokens=True)
+        self.end_id, self.mask_id, highest = vocab[end], vocab[MASK], max(vocab.values())
         if self.mask_id != highest:
             raise ValueError(
                 f"the mask must be the last id, but it is {self.mask_id} and the last is {highest}: "
@@ -84,7 +83,9 @@ class Tokenizer:
             encoder, merges = (path / name for name in _GPT2_FILES)
             if encoder.is_file() and merges.is_file():
                 return Tokenizer(_byte_level(models.BPE.from_file(str(encoder), str(merges))))
-            raise ValueError(f"there is no tokenizer in {path}: it needs tokenizer.json, or {' and '.join(_GPT2_FILES)}")
+            raise ValueError(
+                f"there is no tokenizer in {path}: it needs tokenizer.json, or {' and '.join(_GPT2_FILES)}"
+            )
         if not path.is_file():
             raise ValueError(f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
         try:
@@ -147,7 +148,7 @@ class Tokenizer:
         self._check(ids)
         kept = [token for token in ids if token not in (self.end_id, self.mask_id)]
         if isinstance(self._backend.decoder, decoders.ByteLevel):  # a piece has one letter for each byte
-            return sum(len(self._backend.id_to_token(token)) for token in kept)
+            return sum(len(self._backend.id_to_token(token) or "") for token in kept)
         return len(self.decode(kept).encode())
 
     def _check(self, ids: Sequence[int]) -> None:

@@ -23,13 +23,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from esolm import checkpoint, denoiser, likelihood, objective, optim, plain
-from esolm.algorithms.algorithm import Algorithm, Batch
+from esolm import checkpoint, likelihood, objective, plain
+from esolm.algorithms.algorithm import Algorithm, Batch, View
 from esolm.calibrate import bf16_pays
 from esolm.data import Loader
-from esolm.denoiser import Denoiser
+from esolm.denoiser import Config, Denoiser
 from esolm.journal import Journal
 from esolm.noise import Noise
+from esolm.optim import Config as OptimConfig
+from esolm.optim import NotFinite, Optimizer, WeightAverage
 from esolm.tokenizer import Tokenizer
 
 _REFUSED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which the run cannot be saved by skipping
@@ -41,11 +43,11 @@ class Run:
     """A training run: the method, the network, the optimizer, and how long and how often."""
 
     algorithm: Algorithm
-    network: denoiser.Config
+    network: Config
     num_steps: int
     batch_size: int = 512
     micro_batch: int | None = None  # texts that go through the network at once; None: the whole batch
-    optim: optim.Config = field(default_factory=optim.Config)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
     seed: int = 0
     minutes: float | None = None  # stop and save after this long, whatever the step
@@ -56,7 +58,7 @@ class Run:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        least = {name: 1 for name in ("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep")}
+        least = dict.fromkeys(("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep"), 1)
         problems = [
             f"{name} must be at least {low}, got {getattr(self, name)}"
             for name, low in {**least, "validation_texts": 2}.items()
@@ -149,7 +151,7 @@ def _loop(
         rate = run.optim.schedule.rate(state.step, run.num_steps)
         try:
             norm = state.update(rate)
-        except optim.NotFinite as problem:
+        except NotFinite as problem:
             refused = _refuse(state, journal, problem, refused)
             continue
         refused = 0
@@ -174,7 +176,7 @@ def learn(run: Run, model: Denoiser, batch: Batch, step: int) -> dict[str, float
     device, mask_id = model.embed.weight.device, model.config.mask_id
     total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
     model.train()
-    views = []
+    views: list[View] = []
     for at in range(0, total, micro):
         stop = min(at + micro, total)
         noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
@@ -202,9 +204,9 @@ class _State:
         self.origin = dict(origin or {})
         generator = torch.Generator().manual_seed(run.seed)
         self.denoiser = Denoiser(run.network, generator).to(device)
-        self.optimizer = optim.Optimizer(self.denoiser, run.optim)
+        self.optimizer = Optimizer(self.denoiser, run.optim)
         decay = run.optim.average
-        self.average = None if decay is None else optim.WeightAverage(self.denoiser, decay)
+        self.average = None if decay is None else WeightAverage(self.denoiser, decay)
         self.step = 0
         self._bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
         self._before, self._since = 0.0, time.monotonic()
@@ -219,7 +221,7 @@ class _State:
         return torch.autocast(self.denoiser.embed.weight.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     def update(self, rate: float) -> float:
-        """Clip, update, average; returns the norm that the gradient had. Raises optim.NotFinite."""
+        """Clip, update, average; returns the norm that the gradient had. Raises NotFinite."""
         norm = self.optimizer.clip()
         self.optimizer.update(rate)
         self.step += 1
@@ -260,7 +262,7 @@ class _State:
             raise ValueError(f"{path} was trained with another tokenizer: train with its own (tokenizer.json in it)")
         self._write(saved.ema or saved.model)
         if self.average is not None:
-            self.average = optim.WeightAverage(self.denoiser, self.average.decay)
+            self.average = WeightAverage(self.denoiser, self.average.decay)
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
@@ -293,7 +295,7 @@ def _labelled(terms: Mapping[str, float]) -> dict[str, float]:
     return {f"loss_{term}": value for term, value in terms.items()} if len(terms) > 1 else {}
 
 
-def _refuse(state: _State, journal: Journal, problem: optim.NotFinite, refused: int) -> int:
+def _refuse(state: _State, journal: Journal, problem: NotFinite, refused: int) -> int:
     """Skip an update whose gradient is not finite, a few times in a row at most."""
     state.optimizer.forget()
     state.step += 1
@@ -330,7 +332,7 @@ def _save(state: _State, folder: Path, journal: Journal, *, last: bool) -> None:
 
 @contextmanager
 def _interruption() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C (or SIGTERM) fills, so that the step ends and the run is saved; a second one raises."""
+    """A list that a first Ctrl-C (or SIGTERM) fills, so that the step ends and the run is saved; a second raises."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
