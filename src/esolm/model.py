@@ -70,6 +70,11 @@ def load(
     )
 
 
+def seed_of(seed: int, number: int) -> int:
+    """The seed of text `number` of several that were asked for with one seed."""
+    return seed * _SEED_STRIDE + number
+
+
 class Model:
     """Network, method and tokenizer. `facts` say how it was trained."""
 
@@ -175,12 +180,12 @@ class Model:
         if num < 1:
             raise ValueError(f"num must be at least 1, got {num}")
         request = self.request(**options)
-        requests = [replace(request, seed=seed * _SEED_STRIDE + number) for number in range(num)]
+        requests = [replace(request, seed=seed_of(seed, number)) for number in range(num)]
         return [self.tokenizer.decode(written.tokens.tolist()) for written in self.complete(requests)]
 
     def infill(self, text: str, *, tokens: int | None = None, seed: int = 0, **options: Any) -> str:
         """The text with its blanks filled; options are those of `request`."""
-        (written,) = self.complete([self.gaps(text, tokens=tokens, seed=seed, **options)])
+        (written,) = self.complete([self.gaps(text, tokens=tokens, seed=seed_of(seed, 0), **options)])
         return self.tokenizer.decode(written.tokens.tolist())
 
     def score(self, text: str, *, samples: int = 16, seed: int = 0) -> Score:

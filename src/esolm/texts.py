@@ -1,0 +1,77 @@
+"""Texts for the terminal and for files: one live, several with progress, or JSON lines that survive Ctrl-C.
+
+It joins a model, a watch and a file; it decides nothing about how a text is written.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from esolm.algorithms import Request
+from esolm.model import Model, seed_of
+from esolm.watch import Watch
+
+_AT_ONCE = 16
+
+
+def requests_of(first: Request, num: int, seed: int) -> list[Request]:
+    """A request `num` times, under the seeds that `Model.sample` gives its texts."""
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
+    return [replace(first, seed=seed_of(seed, number)) for number in range(num)]
+
+
+def show(model: Model, requests: Sequence[Request], *, live: bool, console: Console, slower: float = 0.0) -> None:
+    """Write texts one after the other, each shown while it is written. Ctrl-C leaves what is written so far."""
+    for number, request in enumerate(requests):
+        if number:
+            console.rule(style="dim")
+        with watching(model, request, live=live, console=console, slower=slower) as watch:
+            for reveal in model.write([request]):
+                watch.reveal(reveal)
+
+
+def watching(model: Model, request: Request, *, live: bool, console: Console, slower: float = 0.0) -> Watch:
+    """A watch for a request of a model."""
+    return Watch(
+        request.length,
+        decode=model.tokenizer.decode,
+        given=request.given,
+        end_id=model.tokenizer.end_id if request.stop_at_end else None,
+        console=console,
+        live=live,
+        slower=slower,
+    )
+
+
+def as_json(model: Model, requests: Sequence[Request], path: Path | None, *, console: Console) -> None:
+    """Write texts, a few together, as JSON lines to a file or to standard output, each as soon as it is done."""
+    file = sys.stdout if path is None else path.open("w", encoding="utf-8")
+    try:
+        for record in track(
+            _records(model, requests), description="writing", total=len(requests), console=console, transient=True
+        ):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+    finally:
+        if path is not None:
+            file.close()
+
+
+def _records(model: Model, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+    for at in range(0, len(requests), _AT_ONCE):
+        part = requests[at : at + _AT_ONCE]
+        for request, written in zip(part, model.complete(part), strict=True):
+            tokens = written.tokens.tolist()
+            yield {
+                "text": model.tokenizer.decode(tokens),
+                "tokens": tokens,
+                "seed": request.seed,
+                "nfe": written.nfe,
+            }
