@@ -34,6 +34,11 @@ _NUM_STEPS, _TEMPERATURE = 12, 0.8  # of the texts shown
 _OVERHEAD = 1.1  # of a run over its steps: validation, checkpoints
 _ALLOWED = 1.3  # a run may take this much longer than planned before it is stopped
 _TIMED_TEXTS = 5
+_SPEEDS_NOTE = (
+    "One text of {length} tokens at a time, a token a step, medians of {texts}, drawing included, on this network. "
+    "MDLM and the diffusion phase of (A) compute the whole text every step; the others keep keys and values. The longer "
+    "the text, the wider the gap."
+)
 
 
 def run(out: Path, *, minutes: float = 6.0, seed: int = 0, console: Console | None = None) -> Path:
@@ -176,9 +181,7 @@ def _report(
         replays=replays,
         curves=tuple(_curves(entries)),
         speeds=speeds,
-        speeds_note=f"One text of {length} tokens at a time, a token a step, medians of {_TIMED_TEXTS}, drawing "
-        "included, on this network. MDLM and the diffusion phase of (A) compute the whole text at every step; the others keep "
-        "keys and values. The longer the text, the wider the gap.",
+        speeds_note=_SPEEDS_NOTE.format(length=length, texts=_TIMED_TEXTS),
         pictures=tuple(_pictures()),
         samples=tuple(model.tokenizer.decode(text.tokens.tolist()) for text in model.complete(more)),
     )
