@@ -36,8 +36,8 @@ _ALLOWED = 1.3  # a run may take this much longer than planned before it is stop
 _TIMED_TEXTS = 5
 _SPEEDS_NOTE = (
     "One text of {length} tokens at a time, a token a step, medians of {texts}, drawing included, on this network. "
-    "MDLM and the diffusion phase of (A) compute the whole text every step; the others keep keys and values. The longer "
-    "the text, the wider the gap."
+    "MDLM and the diffusion phase of (A) compute the whole text every step; the others keep keys and values. "
+    "The longer the text, the wider the gap."
 )
 
 
