@@ -8,12 +8,13 @@ It yields text; tokens are another file's.
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from esolm.plain import nearest
 
@@ -85,22 +86,24 @@ def _paths(path: Path) -> Iterator[Path]:
         raise DataError(f"there is no file {path}{nearest(path.name, near)}")
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> Any:
+    """A file of bytes, unpacked as it is read."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         try:
             import zstandard
         except ImportError:
             raise DataError(f"{path} needs zstandard: pip install 'esolm[data]'") from None
-        return cast(BinaryIO, zstandard.open(path, "rb"))
+        return io.BufferedReader(zstandard.open(path, "rb"))
     opener: Any = _PACKED.get(suffix, open)
-    return cast(BinaryIO, opener(path, "rb"))
+    return opener(path, "rb")
 
 
 def _read(path: Path) -> bytes:
     try:
         with _opened(path) as file:
-            return file.read()
+            data: bytes = file.read()
+            return data
     except (OSError, EOFError, lzma.LZMAError) as problem:
         raise DataError(f"cannot read {path}: {problem}") from None
 

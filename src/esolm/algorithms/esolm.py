@@ -204,6 +204,8 @@ class EsoLM(Algorithm):
         alpha_0 = self.alpha_0 if request.alpha_0 is None else request.alpha_0
         LogLinear(alpha_0=alpha_0)
         written, counts = request.positions.choose(request.free, alpha_0, request.num_steps, rng)
+        if self.variant == "A":
+            written = _left_to_right_in_steps(written, counts)
         rest = np.setdiff1d(request.free, written)
         stop = len(request.given) + np.cumsum(np.concatenate((counts, np.ones(len(rest), dtype=np.int64))))
         start = stop - np.concatenate((counts, np.ones(len(rest), dtype=np.int64)))
@@ -225,6 +227,12 @@ class EsoLM(Algorithm):
 
     def _keys(self, keys: Float64[Tensor, "batch length"]) -> Float64[Tensor, "batch length"]:
         return keys if self.variant == "B" else ramp(keys.shape[1]).expand_as(keys)
+
+
+def _left_to_right_in_steps(written: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The masks of a step of (A) read those to their left, as they learn to."""
+    step = np.repeat(np.arange(len(counts)), counts)
+    return written[np.lexsort((written, step))]
 
 
 def _generation_order(

@@ -1,0 +1,183 @@
+"""Every text of a tiny vocabulary: what the sampler writes, and what the bounds say, against sums over all texts.
+
+Three tokens, four places, 81 texts. `slow.py` is the other side: the methods by their definitions, plans enumerated.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from slow import BLOCK, SMALLEST, Slow, chi_square_p, network, plans, steps_of
+
+from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request
+from esolm.algorithms.algorithm import Batch
+from esolm.draw import Draw
+from esolm.likelihood import log_likelihood, nelbo
+from esolm.noise import Noise
+from esolm.objective import of_view
+from esolm.order import Positions
+from esolm.sample import Writer, complete
+
+LENGTH = 4
+METHODS = ("AR", "MDLM", "BD3LM", "A", "B")
+ORDERS = list(itertools.permutations(range(LENGTH)))
+SAMPLES = 1500
+
+
+def algorithm(method: str, alpha_0: float = 0.5):
+    fixed = {"AR": AR(), "MDLM": MDLM(), "BD3LM": BD3LM(block_size=BLOCK)}
+    return fixed.get(method) or EsoLM(variant=method, alpha_0=alpha_0)
+
+
+@cache
+def slow(method: str) -> Slow:
+    return Slow(method, network())
+
+
+@dataclass(frozen=True, kw_only=True)
+class InOrder(Positions):
+    """Diffusion writes these positions, in this order, `width` at a time."""
+
+    order: tuple[int, ...]
+    width: int
+
+    def choose(self, free, alpha_0, num_steps, rng):
+        chosen = np.array([position for position in self.order if position in free], dtype=np.int64)
+        cuts = np.append(np.arange(0, len(chosen), self.width), len(chosen))
+        return chosen, np.diff(cuts)
+
+
+def planned(method: str, order: tuple[int, ...], width: int, given: tuple[int, ...] = ()) -> tuple:
+    """The steps of writing by `InOrder`, by definition."""
+    parts = [order] if method != "BD3LM" else [[p for p in order if p // BLOCK == b] for b in range(LENGTH // BLOCK)]
+    steps = []
+    for part in parts:
+        chosen = tuple(position for position in part if position not in given)
+        widths = [min(width, len(chosen) - at) for at in range(0, len(chosen), width)]
+        steps += steps_of(method, chosen, tuple(widths))
+    rest = [position for position in range(LENGTH) if position not in (*given, *order)]
+    return (*steps, *(("sequential", (position,)) for position in rest))
+
+
+@torch.inference_mode()
+def forced(method: str, request_of_text) -> torch.Tensor:
+    """Log-probability of every text when the sampler itself is made to write it, all texts in one batch."""
+    texts, denoiser = slow(method).texts, slow(method).denoiser
+    requests = [request_of_text(text) for text in texts.tolist()]
+    writer, total = Writer(denoiser, algorithm(method), requests), torch.zeros(len(texts), dtype=torch.float64)
+    orders = np.array([algorithm(method).plan(r, np.random.default_rng(0)).order for r in requests])
+    while writer.active:
+        hidden, text, rank = writer.evaluate()
+        tokens = texts[text, orders[text, rank]]
+        nll = -denoiser.logits(hidden).double()[:, :-1].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        total.index_add_(0, torch.from_numpy(text), -nll)
+        writer.accept(text, rank, tokens.numpy())
+    return total
+
+
+def assert_probabilities(ours: torch.Tensor, theirs: torch.Tensor, given: tuple[int, ...] = ()) -> None:
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+    assert float(ours.exp().sum()) == pytest.approx(3 ** len(given), abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("method", ["MDLM", "BD3LM", "A", "B"])
+def test_the_sampler_gives_all_texts_together_probability_one_in_every_order(method, width):
+    for order in ORDERS:
+        positions = InOrder(order=order, width=width)
+        ours = forced(method, lambda text, positions=positions: Request(length=LENGTH, positions=positions))
+        assert_probabilities(ours, slow(method).log_probabilities(planned(method, order, width), ()))
+
+
+@pytest.mark.parametrize("method", ["A", "B"])
+def test_the_sequential_phase_reads_what_diffusion_wrote_on_either_side(method):
+    for order in itertools.permutations(range(LENGTH), 2):
+        positions = InOrder(order=order, width=2)
+        ours = forced(method, lambda text, positions=positions: Request(length=LENGTH, positions=positions))
+        assert_probabilities(ours, slow(method).log_probabilities(planned(method, order, 2), ()))
+
+
+def test_the_sampler_of_ar_gives_all_texts_together_probability_one():
+    ours = forced("AR", lambda text: Request(length=LENGTH))
+    assert_probabilities(ours, slow("AR").log_probabilities(planned("AR", (), 1), ()))
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "order"),
+    [
+        ("AR", (0, 1), ()),
+        ("MDLM", (1, 3), (2, 0)),
+        ("BD3LM", (1, 3), (2, 0)),
+        ("A", (0, 2), (3,)),
+        ("A", (1, 3), (2, 0)),
+        ("B", (0, 2), (3,)),
+        ("B", (1, 3), (2, 0)),
+    ],
+)
+def test_given_tokens_are_read_by_all_that_is_written(method, given, order):
+    def request(text):
+        tokens = {place: text[place] for place in given}
+        options = {} if method == "AR" else {"positions": InOrder(order=order, width=2)}
+        return Request(length=LENGTH, given=tokens, **options)
+
+    theirs = slow(method).log_probabilities(planned(method, order, 2, given), given)
+    assert_probabilities(forced(method, request), theirs, given)
+
+
+@pytest.mark.parametrize("given", [(), (0,), (1, 3)])
+def test_the_exact_likelihood_of_b_is_the_samplers_in_every_order(given):
+    for order in itertools.permutations([place for place in range(LENGTH) if place not in given]):
+        ours = exact("B", (*given, *order), given)
+        assert_probabilities(ours, slow("B").log_probabilities(planned("B", order, 1, given), given), given)
+
+
+@pytest.mark.parametrize(("method", "given"), [("AR", ()), ("AR", (0, 1)), ("A", ()), ("A", (0, 1)), ("A", (1, 3))])
+def test_the_exact_likelihood_from_left_to_right_is_the_samplers(method, given):
+    rest = tuple(place for place in range(LENGTH) if place not in given)
+    order = tuple(range(LENGTH)) if method == "AR" else (*given, *rest)
+    assert_probabilities(
+        exact(method, order, given), slow(method).log_probabilities(planned(method, (), 1, given), given), given
+    )
+
+
+@torch.inference_mode()
+def exact(method: str, order: tuple[int, ...], given: tuple[int, ...]) -> torch.Tensor:
+    texts = slow(method).texts
+    flags = torch.zeros_like(texts).bool()
+    flags[:, list(given)] = True
+    batch = Batch(tokens=texts, given=flags, valid=torch.ones_like(flags))
+    view = algorithm(method).exact(batch, torch.tensor(order).expand_as(texts), slow(method).mask_id)
+    return -of_view(slow(method).denoiser, view)[1].double().sum(1)
+
+
+def cases():
+    for method in METHODS:
+        shares = (0.0, 0.5, 1.0) if method in ("A", "B") else (0.5,)
+        steps = (None, 2) if method != "AR" else (None,)
+        prompts = ((), (0,), (1, 3)) if method != "AR" else ((), (0, 1))
+        yield from itertools.product([method], shares, steps, prompts)
+
+
+@pytest.mark.parametrize(("method", "alpha_0", "num_steps", "given"), list(cases()))
+def test_the_sampler_writes_each_text_as_often_as_it_should(method, alpha_0, num_steps, given):
+    """With its own random plans: the expected share of a text is a sum over all plans, each with its probability."""
+    reference, prompt = slow(method), (2, 0, 1, 2)
+    free = tuple(place for place in range(LENGTH) if place not in given)
+    expected = torch.zeros(len(reference.texts), dtype=torch.float64)
+    for probability, plan in plans(method, free, alpha_0, num_steps, LENGTH):
+        expected += probability * reference.log_probabilities(plan, given).exp()
+    expected[(reference.texts != torch.tensor(prompt))[:, list(given)].any(1)] = 0
+    assert float(expected.sum()) == pytest.approx(1)
+    known = {place: prompt[place] for place in given}
+    options = {"num_steps": num_steps} if method != "AR" else {}
+    requests = [Request(length=LENGTH, given=known, seed=seed, **options) for seed in range(SAMPLES)]
+    texts = complete(reference.denoiser, algorithm(method, alpha_0), requests)
+    counts = Counter(tuple(text.tokens.tolist()) for text in texts)
+    counted = torch.tensor([counts[tuple(text)] for text in reference.texts.tolist()])
+    assert int(counted.sum()) == SAMPLES
+    assert chi_square_p(counted, SAMPLES * expected) > 1e-4

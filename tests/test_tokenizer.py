@@ -1,0 +1,106 @@
+"""Tokenizers: exact round trips, special ids that text never yields, and files that are none."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from esolm.tokenizer import END, MASK, Tokenizer
+
+TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 20
+LEARNED = Tokenizer.train([TEXT], 300)
+BYTES = Tokenizer.bytes()
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, LEARNED], ids=["bytes", "bpe"])
+@given(text=st.text())
+@settings(max_examples=200, deadline=None)
+def test_every_text_comes_back_as_it_was(tokenizer, text):
+    text = text.encode("utf-8", "ignore").decode()
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.num_bytes(ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, LEARNED], ids=["bytes", "bpe"])
+def test_the_mask_is_the_last_id_and_no_text_yields_a_special_one(tokenizer):
+    assert tokenizer.mask_id == tokenizer.vocab_size - 1
+    spelled = f"a{MASK}b{END}c"
+    assert not {tokenizer.mask_id, tokenizer.end_id} & set(tokenizer.encode(spelled))
+    assert tokenizer.decode(tokenizer.encode(spelled)) == spelled
+
+
+def test_bytes_are_their_own_ids():
+    assert BYTES.encode("é\n") == [0xC3, 0xA9, 10]
+    assert (BYTES.end_id, BYTES.mask_id) == (256, 257)
+
+
+def test_masks_are_shown_and_end_of_text_is_left_out():
+    ids = [*BYTES.encode("ab"), BYTES.mask_id, BYTES.end_id, *BYTES.encode("c")]
+    assert BYTES.decode(ids) == "ab░c"
+    assert BYTES.decode(ids, mask="?") == "ab?c"
+    assert BYTES.num_bytes(ids) == 3
+
+
+def test_half_a_character_is_shown_as_such():
+    assert BYTES.decode([0xC3]) == "�"
+
+
+def test_the_same_texts_make_the_same_tokenizer_and_a_file_brings_it_back(tmp_path):
+    again = Tokenizer.train([TEXT], 300)
+    assert again.digest == LEARNED.digest != BYTES.digest
+    LEARNED.save(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = Tokenizer.load(path)
+        assert loaded.digest == LEARNED.digest and loaded.vocab_size == 300
+        assert loaded.encode(TEXT) == LEARNED.encode(TEXT)
+
+
+def test_gpt2_files_give_their_ids_and_a_mask_behind(tmp_path):
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters |= {"to": 256, END: 257}
+    (tmp_path / "encoder.json").write_text(json.dumps(letters))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt o\n")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.end_id, tokenizer.mask_id, tokenizer.vocab_size) == (257, 258, 259)
+    assert tokenizer.encode("to") == [256]
+
+
+def test_a_tokenizer_of_others_gets_the_ids_it_lacks_once():
+    other = Backend(models.WordLevel({"hello": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
+    tokenizer = Tokenizer.from_json(other.to_str())
+    assert (tokenizer.end_id, tokenizer.mask_id, tokenizer.vocab_size) == (2, 3, 4)
+    assert Tokenizer.from_json(tokenizer.to_json()).vocab_size == 4
+
+
+def test_a_mask_in_the_middle_is_refused():
+    other = Backend(models.WordLevel({"a": 0, MASK: 1, "b": 2, END: 3}, unk_token="a"))
+    with pytest.raises(ValueError, match="the mask must be the last id"):
+        Tokenizer.from_json(other.to_str())
+
+
+@pytest.mark.parametrize("token", [-1, 258, 10**6])
+def test_an_id_out_of_range_is_named(token):
+    with pytest.raises(ValueError, match=rf"id {token} is not in the vocabulary: ids lie in \[0, 258\)"):
+        BYTES.decode([token])
+
+
+def test_too_small_a_vocabulary_and_too_little_text_are_said():
+    with pytest.raises(ValueError, match="at least 258"):
+        Tokenizer.train([TEXT], 100)
+    with pytest.raises(ValueError, match="choose vocab_size"):
+        Tokenizer.train(["aa"], 1000)
+
+
+def test_files_that_are_no_tokenizer_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match=r"needs tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"half": ')
+    with pytest.raises(ValueError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path)
