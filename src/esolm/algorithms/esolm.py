@@ -106,7 +106,12 @@ class EsoLM(Algorithm):
         return tuple(views)
 
     def exact(self, batch: Batch, order: Int64[Tensor, "batch length"], mask_id: int) -> View:
-        return self.sequential_of(batch, batch.scored, order, mask_id, in_order=True)
+        """As `Algorithm.exact`: writing one by one in the sequential phase, given tokens read as a clean block.
+
+        In (B) diffusion that writes one token a step gives the same; in (A) it rereads all clean tokens both ways, which
+        no single pass does, so there this is the sampler's likelihood where diffusion writes nothing.
+        """
+        return self.sequential_of(batch, batch.scored, order, mask_id)
 
     def orders(self, batch: Batch, noise: Noise) -> Int64[Tensor, "batch length"]:
         """Given tokens, then a share of about `alpha_0` shuffled (what diffusion writes), then the rest in reading
@@ -168,19 +173,15 @@ class EsoLM(Algorithm):
         order = _generation_order(batch, masked, clean_keys=self._keys(keys), masked_keys=left_to_right)
         return self.sequential_of(batch, masked, order, mask_id)
 
-    def sequential_of(
-        self, batch: Batch, masked: TextFlags, order: Texts, mask_id: int, *, in_order: bool = False
-    ) -> View:
+    def sequential_of(self, batch: Batch, masked: TextFlags, order: Texts, mask_id: int) -> View:
         """The sequential term for tokens already masked and ordered: masks of the last ranks, then x but its last row.
 
-        Only rows that carry a loss or are read are fed: `number masked + length - 1`. `in_order` gives clean tokens of
-        (A) their ranks as stages too (an exact likelihood has no clean block).
+        Only rows that carry a loss or are read are fed: `number masked + length - 1`.
         """
         tokens, masked, valid = (apply(values, order) for values in (batch.tokens, masked, batch.valid))
         length = order.shape[1]
         rank = torch.arange(length).expand_as(order)
-        clean_block = self.variant == "A" and not in_order
-        stage = rank.masked_fill(~masked, 0) if clean_block else rank
+        stage = rank if self.variant == "B" else rank.masked_fill(~masked, 0)
         first = length - int((masked.cumsum(1) > 0).sum(1).max())  # the first rank that is masked in any text
         targets = masked[:, first:]
         is_x = (torch.arange(2 * length - first - 1) >= length - first).expand(len(order), -1)
