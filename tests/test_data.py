@@ -1,7 +1,6 @@
 """Tokens on disk and batches: nothing is lost, nothing comes twice, and a batch is a function of (seed, step)."""
 
 import errno
-import os
 
 import numpy as np
 import pytest
@@ -164,7 +163,7 @@ def test_an_interrupted_or_failed_tokenization_leaves_nothing(tmp_path, monkeypa
     monkeypatch.setattr(data_module.np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         tokenize(TEXTS, BYTES, tmp_path / "data")
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_shorter_than_a_window_is_said(tokens):

@@ -1,0 +1,194 @@
+"""Training: a resumed run is the same run, micro batches change nothing, Ctrl-C saves, and mistakes are named."""
+
+import io
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from esolm import checkpoint, journal
+from esolm import train as train_module
+from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
+from esolm.algorithms.algorithm import Batch
+from esolm.data import Loader, tokenize, tokenize_pairs
+from esolm.denoiser import Config, Denoiser
+from esolm.optim import Config as Optim
+from esolm.optim import Schedule
+from esolm.tokenizer import Tokenizer
+from esolm.train import Diverged, Run, learn, train
+
+BYTES = Tokenizer.bytes()
+TEXT = "the quick brown fox jumps over the lazy dog; " * 30
+NETWORK = Config(vocab_size=258, length=16, width=32, layers=1, heads=2)
+ALGORITHMS = [AR(), MDLM(), BD3LM(block_size=4), EsoLM(variant="A"), EsoLM(variant="B")]
+
+
+def settings(**changes: object) -> Run:
+    run = Run(
+        algorithm=EsoLM(alpha_0=0.5),
+        network=NETWORK,
+        num_steps=8,
+        batch_size=8,
+        optim=Optim(schedule=Schedule(peak=3e-3, warmup=1)),
+        dtype="float32",
+        log_every=1,
+        validate_every=4,
+        validation_texts=8,
+        save_every=4,
+    )
+    return replace(run, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> Loader:
+    return Loader(tokenize([TEXT], BYTES, tmp_path / "tokens"), length=16)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def run_of(folder: Path, loader: Loader, run: Run, **options: object) -> train_module.Outcome:
+    return train(run, folder, tokenizer=BYTES, data=loader, validation=loader, console=quiet(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+def test_every_method_learns(tmp_path, loader, algorithm):
+    run_of(tmp_path / "run", loader, settings(algorithm=algorithm, num_steps=60, validate_every=20))
+    found = [entry["validation"] for entry in journal.read(tmp_path / "run") if "validation" in entry]
+    assert found[-1] < found[0] < 6.0
+
+
+def test_a_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path, loader):
+    whole = run_of(tmp_path / "whole", loader, settings())
+    run_of(tmp_path / "parts", loader, settings(num_steps=4))
+    parts = run_of(tmp_path / "parts", loader, settings(), resume=True)
+    first, second = (checkpoint.load(outcome.path) for outcome in (whole, parts))
+    for name in ("model", "ema", "optim"):
+        ours, theirs = getattr(first, name), getattr(second, name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    losses = [[e["loss"] for e in journal.read(tmp_path / f) if "loss" in e] for f in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    assert whole.validation == parts.validation
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+def test_the_size_of_a_micro_batch_changes_no_gradient(loader, algorithm):
+    batch, gradients = loader.batch(0, 0, 8, 8), []
+    for micro in (None, 3, 1):
+        network = Denoiser(NETWORK, torch.Generator().manual_seed(0))
+        terms = learn(settings(algorithm=algorithm, micro_batch=micro), network, batch, 0)
+        gradients.append((terms, [p.grad.clone() for p in network.parameters() if p.grad is not None]))
+    for terms, found in gradients[1:]:
+        assert terms == pytest.approx(gradients[0][0], rel=1e-5)
+        for ours, theirs in zip(gradients[0][1], found, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_prompts_and_padding_carry_no_loss(loader):
+    batch = loader.batch(0, 0, 8, 8)
+    given, valid = torch.zeros_like(batch.given), torch.ones_like(batch.valid)
+    given[:, :5], valid[:, 12:] = True, False
+    other = batch.tokens.clone()
+    other[:, 12:] = 7  # padding may hold anything
+    network = Denoiser(NETWORK, torch.Generator().manual_seed(0))
+    for algorithm in ALGORITHMS:
+        run = settings(algorithm=algorithm)
+        first, second = (
+            learn(run, network, Batch(tokens=tokens, given=given, valid=valid), 0) for tokens in (batch.tokens, other)
+        )
+        assert first == pytest.approx(second, rel=1e-6)
+
+
+def test_pairs_are_trained_on(tmp_path):
+    data = tokenize_pairs([(f"{n}+1=", f"{n + 1}") for n in range(20)], BYTES, tmp_path / "pairs")
+    outcome = run_of(tmp_path / "run", Loader(data, length=16), settings(num_steps=20))
+    assert outcome.validation is not None and outcome.validation.nats_per_token < 5.5
+
+
+def test_a_first_interrupt_saves_and_the_run_goes_on_from_there(tmp_path, loader, monkeypatch):
+    steps = []
+
+    def learn_and_interrupt(run, network, batch, step):
+        steps.append(step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(run, network, batch, step)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train_module, "learn", learn_and_interrupt)
+    outcome = run_of(tmp_path / "run", loader, settings())
+    assert outcome.interrupted and outcome.step == 3 and steps == [0, 1, 2]
+    assert checkpoint.load(tmp_path / "run").step == 3
+    assert signal.getsignal(signal.SIGINT) == before
+    monkeypatch.undo()
+    assert run_of(tmp_path / "run", loader, settings(), resume=True).step == 8
+
+
+def test_time_that_is_up_ends_a_run_and_saves(tmp_path, loader):
+    outcome = run_of(tmp_path / "run", loader, settings(num_steps=10**6, minutes=0.02))
+    assert 0 < outcome.step < 10**6
+    assert checkpoint.load(tmp_path / "run").step == outcome.step
+
+
+def test_another_run_continues_from_the_averaged_weights(tmp_path, loader):
+    first = run_of(tmp_path / "first", loader, settings())
+    state = train_module._State(settings(algorithm=AR()), BYTES, torch.device("cpu"), None)
+    state.take_weights(first.path)
+    ema = checkpoint.load(first.path).ema
+    assert ema is not None
+    assert all(torch.equal(parameter, ema[name]) for name, parameter in state.denoiser.named_parameters())
+
+
+def test_a_full_disk_in_mid_run_is_told_and_training_goes_on(tmp_path, loader, monkeypatch):
+    saves = []
+    save = checkpoint.save
+
+    def save_but_once(folder, snapshot, **options):
+        saves.append(snapshot.step)
+        if len(saves) == 1:
+            raise checkpoint.SaveError(folder, "could not save: No space left on device; free some space")
+        return save(folder, snapshot, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save_but_once)
+    run_of(tmp_path / "run", loader, settings())
+    assert saves == [4, 8]
+    told = [entry["text"] for entry in journal.read(tmp_path / "run") if entry.get("name") == "warning"]
+    assert told == ["could not save: No space left on device; free some space"]
+
+
+def test_gradients_that_are_never_finite_end_the_run_with_a_remedy(tmp_path, loader, monkeypatch):
+    def learn_nothing(run, network, batch, step):
+        terms = learn(run, network, batch, step)
+        network.head.weight.grad.fill_(float("nan"))
+        return terms
+
+    monkeypatch.setattr(train_module, "learn", learn_nothing)
+    with pytest.raises(Diverged, match="lower learning rate"):
+        run_of(tmp_path / "run", loader, settings(num_steps=50))
+
+
+def test_options_that_do_not_fit_are_named_all_at_once():
+    with pytest.raises(ValueError, match=r"num_steps must be at least 1, got 0; .*micro_batch .*; minutes must be"):
+        settings(num_steps=0, micro_batch=99, minutes=-1.0)
+    with pytest.raises(ValueError, match="not divisible by block_size 5"):
+        settings(algorithm=BD3LM(block_size=5))
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, loader):
+    wrong = settings(network=replace(NETWORK, vocab_size=300))
+    with pytest.raises(ValueError, match="the tokenizer has 258 ids and the network 300"):
+        run_of(tmp_path / "run", loader, wrong)
+    run_of(tmp_path / "run", loader, settings(num_steps=1))
+    with pytest.raises(ValueError, match="already holds a run: resume it"):
+        run_of(tmp_path / "run", loader, settings())
+    other = settings(network=replace(NETWORK, width=64))
+    with pytest.raises(ValueError, match="another network"):
+        run_of(tmp_path / "run", loader, other, resume=True)
+    with pytest.raises(ValueError, match="has width = 32, this run 64"):
+        run_of(tmp_path / "new", loader, other, start=tmp_path / "run")
