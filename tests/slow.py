@@ -1,6 +1,6 @@
 """The methods by their definitions, slowly: one uncached pass a step, every reading row and read row written out.
 
-It shares no code with what it checks but the weights: a transformer in float64 of its own, sets of positions instead
+It shares nothing with what it checks but the weights: a transformer in float64 of its own, sets of positions instead
 of stages, and plans listed with their probabilities instead of drawn. A state of writing is three tuples of positions:
 
     clean   given, then written by diffusion, in the order of writing
@@ -11,16 +11,34 @@ of stages, and plans listed with their probabilities instead of drawn. A state o
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import config as shapes
 from torch import Tensor
 
+from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
+from esolm.algorithms.algorithm import Algorithm
 from esolm.denoiser import Config, Denoiser
 
 SMALLEST = 1e-3  # the schedule's epsilon, by value: the tests must see it change
 BLOCK = 2
+
+
+def algorithm(method: str, alpha_0: float = 0.5) -> Algorithm:
+    """The package's own object for a method's name here."""
+    fixed: dict[str, Algorithm] = {"AR": AR(), "MDLM": MDLM(), "BD3LM": BD3LM(block_size=BLOCK)}
+    return fixed[method] if method in fixed else EsoLM(variant=method, alpha_0=alpha_0)
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Without the run-time checks of shapes, which take most of the time where tiny calls come by the thousand."""
+    shapes.update("jaxtyping_disable", True)
+    yield
+    shapes.update("jaxtyping_disable", False)
 
 
 def network(*, seed: int = 0, vocab_size: int = 4, length: int = 4, width: int = 8, **options) -> Denoiser:

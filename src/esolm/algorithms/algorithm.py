@@ -9,6 +9,7 @@ It holds the values and the interface, and no method's choices.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -97,12 +98,12 @@ class Request:
                 f"given positions must lie in [0, {self.length}), got {outside[0]}: shorten the prompt or raise length"
             )
 
-    @property
+    @cached_property
     def fixed(self) -> np.ndarray:
         """The given positions, ascending."""
         return np.array(sorted(self.given), dtype=np.int64)
 
-    @property
+    @cached_property
     def free(self) -> np.ndarray:
         """The positions to write, ascending."""
         return np.setdiff1d(np.arange(self.length), self.fixed)
