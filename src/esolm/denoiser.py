@@ -114,8 +114,8 @@ class Denoiser(nn.Module):
 
         With a cache, rows also read what it keeps, under the relation that `cache.place` returned.
         """
-        h = F.dropout(self.embed(tokens), self.config.dropout, self.training)
-        angles = self.cos[positions][:, None], self.sin[positions][:, None]
+        h = _drop(self.embed(tokens).to(self.cos.dtype), self)
+        angles = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
         for layer, block in enumerate(self.blocks):
             h = block(h, angles, who, cache, layer)
         out: Tensor = self.norm(h)
@@ -128,15 +128,15 @@ class Denoiser(nn.Module):
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache that fits this network."""
-        config, weight = self.config, self.embed.weight
+        config = self.config
         return Cache(
             layers=config.layers,
             batch=batch,
             kv_heads=config.num_kv_heads,
             capacity=capacity,
             dim=config.dim,
-            dtype=weight.dtype,
-            device=weight.device,
+            dtype=self.cos.dtype,
+            device=self.cos.device,
         )
 
     @property
@@ -164,8 +164,9 @@ class Block(nn.Module):
         inner, mlp = config.heads * config.dim, config.hidden_mlp
         self.norm1 = _norm(config, config.width)
         self.qkv = nn.Linear(config.width, inner + 2 * config.num_kv_heads * config.dim, bias=config.qkv_bias)
-        self.q_norm = nn.RMSNorm(config.dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.dim, config.norm_epsilon) if config.qk_norm else nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.dim, config.norm_epsilon)
+            self.k_norm = nn.RMSNorm(config.dim, config.norm_epsilon)
         self.out = nn.Linear(inner, config.width, bias=config.out_bias)
         self.norm2 = _norm(config, config.width)
         self.up = nn.Linear(config.width, 2 * mlp if config.gated else mlp, bias=config.mlp_bias)
@@ -179,16 +180,19 @@ class Block(nn.Module):
         cache: Cache | None,
         layer: int,
     ) -> Float[Tensor, "batch row width"]:
-        h = h + self._drop(self._attend(self.norm1(h), angles, who, cache, layer))
-        return h + self._drop(self._mlp(self.norm2(h)))
+        h = h + _drop(self._attend(self.norm1(h), angles, who, cache, layer), self)
+        return h + _drop(self._mlp(self.norm2(h)), self)
 
     def _attend(
         self, x: Tensor, angles: tuple[Tensor, Tensor], who: Relation, cache: Cache | None, layer: int
     ) -> Tensor:
         heads, kv_heads, dim = self.config.heads, self.config.num_kv_heads, self.config.dim
-        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, dim)).transpose(1, 2)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), *angles), rotate(self.k_norm(k), *angles)
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, dim))
+        qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
+        if self.config.qk_norm:
+            qk = torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2)
+        q, k = torch.split(rotate(qk, *angles).transpose(1, 2), (heads, kv_heads), dim=1)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         out: Tensor = self.out(attention(q, k, v, who).transpose(1, 2).flatten(2))
@@ -201,26 +205,30 @@ class Block(nn.Module):
             return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
         return self.down(F.gelu(up, approximate="tanh"))  # type: ignore[no-any-return]
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
-
 
 def rotate(
-    x: Float[Tensor, "batch head row dim"],
-    cos: Float[Tensor, "batch 1 row half"],
-    sin: Float[Tensor, "batch 1 row half"],
-) -> Float[Tensor, "batch head row dim"]:
-    """Rotary position: each pair (a, b), from the first and the second half of the head, turned by its angle."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    x: Float[Tensor, "batch row head dim"],
+    cos: Float[Tensor, "batch row 1 dim"],
+    sin: Float[Tensor, "batch row 1 dim"],
+) -> Float[Tensor, "batch row head dim"]:
+    """Rotary position: each pair (a, b), from the first and the second half of the head, turned by its angle.
+
+    `(a, b) -> (a cos - b sin, a sin + b cos)`; `cos` and `sin` hold both halves, the first half of `sin` negated.
+    """
+    swapped = torch.unflatten(x, -1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 def _angles(config: Config) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position times frequency, `[length, dim / 2]`, in float32 as the authors have them."""
+    """Cosines and sines of position times frequency as `rotate` takes them, `[length, dim]`, in float32."""
     frequency = 1.0 / config.rotary_base ** (torch.arange(0, config.dim, 2).float() / config.dim)
     angle = torch.outer(torch.arange(config.length).float(), frequency)
-    return angle.cos(), angle.sin()
+    return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
+
+
+def _drop(x: Tensor, part: "Denoiser | Block") -> Tensor:
+    rate = part.config.dropout
+    return F.dropout(x, rate, part.training) if rate else x
 
 
 def _norm(config: Config, width: int) -> nn.Module:
