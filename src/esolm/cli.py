@@ -131,6 +131,7 @@ def train(
     """
     from esolm import prepare, recipes
     from esolm.plain import replace
+    from esolm.train import refuse_used
     from esolm.train import train as run_training
 
     source = prepare.Source(data=data, pairs=pairs, field=field, answer=answer, validation=validation, seed=seed)
@@ -138,15 +139,16 @@ def train(
         run, source = prepare.resumed(out)
         text = prepare.prepare(source, out, console=_console())
     else:
-        text = prepare.prepare(
-            source, out, tokenizer=prepare.tokenizer_of(tokenizer, from_), vocab_size=vocab_size, console=_console()
-        )
-        algorithm = recipes.method(model, alpha_0, block_size)
-        run = getattr(recipes, recipe)(algorithm, text.tokenizer.vocab_size)
+        # mistakes in options come to light before the text is read
+        refuse_used(out)
+        run = getattr(recipes, recipe)(recipes.method(model, alpha_0, block_size), vocab_size)
         if from_ is not None:
             run = prepare.like(run, from_)
         changes: dict[str, object] = {"seed": seed, "minutes": minutes}
         run = replace(run, changes | _assignments(set))
+        known = prepare.tokenizer_of(tokenizer, from_)
+        text = prepare.prepare(source, out, tokenizer=known, vocab_size=vocab_size, console=_console())
+        run = replace(run, {"network.vocab_size": text.tokenizer.vocab_size})
     outcome = run_training(
         run,
         out,
@@ -252,13 +254,13 @@ def evaluate(
         device: auto, cpu, cuda, ...
         json: Print JSON lines instead of a table.
     """
-    from esolm import corpus
+    from esolm import corpus, prepare
     from esolm.evaluate import evaluate as measure
     from esolm.evaluate import table
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm evaluate CHECKPOINT --data FILE")
-    documents = list(corpus.documents(_shipped(data), field=field))
+    documents = list(corpus.documents(prepare.located(data), field=field))
     rows = []
     for path in checkpoints:
         model = _load(path, "float32", device)

@@ -273,6 +273,12 @@ class _State:
             parameter.copy_(weights[name])
 
 
+def refuse_used(folder: Path) -> None:
+    """Raise ValueError if a folder holds a run already."""
+    if folder.is_dir() and checkpoint.newest(folder, warn=lambda _: None) is not None:
+        raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
+
+
 def description(run: Run) -> dict[str, Any]:
     """What a checkpoint records of a run: enough to build the model, and the run itself."""
     data: dict[str, Any] = plain.to_plain(run)
@@ -287,8 +293,8 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
         )
     if resume and start is not None:
         raise ValueError("resume goes on with the run in the folder, start begins another from its weights: choose one")
-    if not resume and folder.is_dir() and checkpoint.newest(folder, warn=lambda _: None) is not None:
-        raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
+    if not resume:
+        refuse_used(folder)
 
 
 def _labelled(terms: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ Where the output is no terminal nothing moves: the text is printed once, when it
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from types import TracebackType
 from typing import Literal
@@ -67,9 +67,12 @@ class Watch:
     ) -> None:
         if self._live is not None:
             self._live.stop()
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            return
         if self._moves():
-            self.console.print(self._header())
-        self.console.print(self.text(), soft_wrap=not self._moves())
+            self.console.print(self._header(), self.text(), sep="\n")
+        else:  # as it is, whatever characters it has
+            self.console.file.write("".join(part for _, part in self._parts()) + "\n")
 
     def reveal(self, reveal: Reveal) -> None:
         """Take what a step wrote, and draw if it is time."""
@@ -88,12 +91,14 @@ class Watch:
 
     def text(self) -> Text:
         """The text as it stands, coloured, up to its first end-of-text."""
-        shown = Text()
+        return Text.assemble(*((part, STYLES[kind]) for kind, part in self._parts()))
+
+    def _parts(self) -> Iterator[tuple[Kind, str]]:
+        """Runs of one kind, in reading order."""
         for kind, positions in groupby(range(self._end()), key=lambda position: self._kinds[position]):
             tokens = [self._tokens[position] for position in positions]
             known = [token for token in tokens if token is not None]
-            shown.append(self._decode(known) if known else _BLOCK * len(tokens), STYLES[kind])
-        return shown
+            yield kind, self._decode(known) if known else _BLOCK * len(tokens)
 
     def _end(self) -> int:
         """Where the text stops: its first end-of-text that is not given, or its length."""

@@ -1,0 +1,138 @@
+"""A model in its users' hands: texts in, texts out, the same for the same seed; scores that padding does not change."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import esolm
+from esolm import checkpoint
+from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM
+from esolm.denoiser import Config, Denoiser
+from esolm.model import Model, load
+from esolm.optim import Config as Optim
+from esolm.tokenizer import Tokenizer
+from esolm.train import Run, description
+
+BYTES = Tokenizer.bytes()
+NETWORK = Config(vocab_size=258, length=32, width=32, layers=1, heads=2)
+ALGORITHMS = [AR(), MDLM(), BD3LM(block_size=4), EsoLM(variant="A"), EsoLM(variant="B")]
+
+
+def model_of(algorithm: Algorithm) -> Model:
+    return Model(Denoiser(NETWORK, torch.Generator().manual_seed(0)), algorithm, BYTES, dtype="float32")
+
+
+def saved(folder: Path, algorithm: Algorithm) -> Path:
+    run = Run(algorithm=algorithm, network=NETWORK, num_steps=10, batch_size=4, optim=Optim())
+    network = Denoiser(NETWORK, torch.Generator().manual_seed(0))
+    whole = checkpoint.Checkpoint(
+        step=7,
+        model={name: p + 1 for name, p in network.named_parameters()},
+        ema=dict(network.named_parameters()),
+        config=description(run),
+        tokenizer_json=BYTES.to_json(),
+        state={"seconds": 60.0},
+    )
+    return checkpoint.save(folder, whole)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path, algorithm):
+    saved(tmp_path, algorithm)
+    loaded = esolm.load(tmp_path)
+    ours = model_of(algorithm)
+    assert loaded.algorithm == algorithm
+    for name, parameter in ours.denoiser.named_parameters():
+        assert torch.equal(parameter, dict(loaded.denoiser.named_parameters())[name])
+    raw = load(tmp_path, average=False)
+    assert torch.equal(raw.denoiser.embed.weight, ours.denoiser.embed.weight + 1)
+    assert load(tmp_path, dtype="float32").sample(seed=3) == ours.sample(seed=3)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+def test_samples_begin_with_their_prompt_and_do_not_depend_on_how_many_there_are(algorithm):
+    model = model_of(algorithm)
+    three = model.sample(3, prompt="ROMEO:", seed=1, length=24)
+    assert all(text.startswith("ROMEO:") for text in three)
+    assert model.sample(1, prompt="ROMEO:", seed=1, length=24) == three[:1]
+    assert len(set(three)) == 3
+
+
+@pytest.mark.parametrize("algorithm", [MDLM(), BD3LM(block_size=4), EsoLM(variant="A"), EsoLM()], ids=repr)
+def test_gaps_are_filled_and_the_rest_stands(algorithm):
+    text = "ab____cd____efgh" if isinstance(algorithm, BD3LM) else "To be, or ____, that"
+    filled = model_of(algorithm).infill(text, seed=2)
+    first, _, last = text.partition("____")[0].rstrip(), 0, text.rpartition("____")[2]
+    assert filled.startswith(first) and filled.endswith(last) and "____" not in filled
+    assert len(BYTES.encode(text)) - ("or ____" in text) >= 16
+
+
+def test_the_width_of_a_gap_is_its_underscores_or_what_is_asked():
+    model = model_of(EsoLM())
+    assert model.gaps("a___b").free.tolist() == [1, 2, 3]
+    assert model.gaps("a___b__", tokens=5).free.tolist() == [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert model.gaps("a ___b").given == {0: ord("a"), 4: ord("b")}
+
+
+def test_a_suffix_stands_at_the_end():
+    (text,) = model_of(EsoLM()).sample(prompt="A", suffix="Z.", length=12)
+    assert text[0] == "A" and text.endswith("Z.")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=repr)
+def test_scores_are_positive_and_repeat(algorithm):
+    model = model_of(algorithm)
+    first, second = (model.score("some text", samples=8) for _ in range(2))
+    assert first == second
+    assert first.num_tokens == first.num_bytes == 9
+    assert first.nats_per_token > 3
+    assert (first.kind == "exact") == (algorithm == AR())
+
+
+def test_an_exact_score_is_the_sum_over_windows_and_has_no_error():
+    model = model_of(AR())
+    text = "x" * 40
+    score = model.score(text)
+    assert score.standard_error == 0.0
+    assert score.nats == pytest.approx(model.score(text[:32]).nats + model.score(text[32:]).nats, rel=1e-6)
+
+
+def test_info_tells_what_it_is_and_how_it_was_trained(tmp_path):
+    saved(tmp_path, EsoLM(alpha_0=0.125))
+    told = esolm.load(tmp_path).info()
+    assert "alpha_0=0.125" in told["method"]
+    assert told["trained"].startswith("7 of 10 steps of 4 texts")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.sample(prompt="x" * 40), "the prompt has 40 tokens"),
+        (lambda m: m.sample(prompt="long prompt", length=5), "raise length"),
+        (lambda m: m.sample(length=33), "longer than the model's 32"),
+        (lambda m: m.sample(0), "num must be at least 1"),
+        (lambda m: m.infill("no gap here"), "no blank in"),
+        (lambda m: m.infill("_" * 40), "the model holds 32"),
+        (lambda m: m.score(""), "no text to score"),
+        (lambda m: m.sample(alpha_0=-0.1), "alpha_0 must lie in"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(model_of(EsoLM()))
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    network = Denoiser(replace(NETWORK, vocab_size=300))
+    with pytest.raises(ValueError, match="the tokenizer has 258 ids and the network 300"):
+        Model(network, AR(), BYTES)
+
+
+def test_importing_the_package_loads_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, esolm, esolm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
