@@ -1,198 +1,214 @@
-"""The sampler: cached equals uncached, texts do not depend on their batch, requests that cannot be met are refused."""
+"""Writing with a cache, in batches: the same logits as from scratch, the same texts in whatever company.
 
-from collections.abc import Iterator
-from dataclasses import replace
+The other side here is `from_scratch`: every row of a step fed anew, for one text, under the rule itself.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM, Request
+from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request
 from esolm.attention import Relation, attends
-from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
 from esolm.noise import generator
 from esolm.order import Interleaved
 from esolm.sample import Writer, complete, write
+from slow import network, unchecked
 
-LENGTH, VOCAB = 16, 23
-ALGORITHMS = [
-    AR(),
-    MDLM(),
-    BD3LM(block_size=4),
-    EsoLM(variant="A", alpha_0=0.5),
-    EsoLM(variant="B", alpha_0=0.5),
-    EsoLM(variant="B", alpha_0=1.0),
-    EsoLM(variant="A", alpha_0=0.0),
-]
+LENGTH, VOCAB = 16, 12
+END = 10
+ALGORITHMS = [AR(), MDLM(), BD3LM(block_size=4), EsoLM(variant="A", alpha_0=0.5), EsoLM(variant="B", alpha_0=0.5)]
+METHODS = pytest.mark.parametrize("algorithm", ALGORITHMS, ids=["AR", "MDLM", "BD3LM", "A", "B"])
+DENOISER = network(vocab_size=VOCAB, length=LENGTH, width=16)
+GROUPED = network(vocab_size=VOCAB, length=LENGTH, width=16, heads=4, kv_heads=2, qk_norm=True, rms_norm=True)
 
 
-@pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
-    config = Config(vocab_size=VOCAB, length=LENGTH, width=32, layers=2, heads=4, kv_heads=2, qk_norm=True)
-    network = Denoiser(config, torch.Generator().manual_seed(0)).eval()
-    with torch.no_grad():  # far from uniform, so that differences show
-        for parameter in network.parameters():
-            parameter.mul_(3.0 if parameter.ndim == 2 else 1.0)
-    return network
+@pytest.fixture(autouse=True)
+def quick():
+    with unchecked():
+        yield
 
 
-def named(algorithm: Algorithm) -> str:
-    return repr(algorithm)
+def requests_for(algorithm, count: int = 24) -> list[Request]:
+    """Lengths, prompts, islands and options of every kind, mixed."""
+    made = []
+    for seed in range(count):
+        length = (16, 8, 12, 4)[seed % 4]
+        islands = ({}, {0: 1, 1: 2, 2: 3}, {length - 1: 4}, {1: 5, 3: 6}, {0: 7, 2: 8, length - 2: 9})[seed % 5]
+        prompt = {place: 1 + place for place in range(min(length - 1, seed % 7))}
+        options = {"draw": (Draw(), Draw(temperature=0), Draw(top_k=3), Draw(top_p=0.8, temperature=1.3))[seed % 4]}
+        if algorithm != AR():
+            options["num_steps"] = (None, 1, 2, 3)[seed % 3 + seed % 2]
+            options["positions"] = (Interleaved(), Request(length=1).positions)[seed % 5 != 0]
+        if isinstance(algorithm, EsoLM):
+            options["alpha_0"] = (0.0, 0.25, 0.5, 1.0, None)[seed % 5 - seed % 3]
+        given = prompt if algorithm == AR() else islands
+        made.append(Request(length=length, given=given, seed=seed, **options))
+    return made
 
 
-def requests_for(algorithm: Algorithm) -> list[Request]:
-    """Requests of every kind that the method can take: lengths, prompts, islands, steps, draws."""
-    whole = Request(length=LENGTH, seed=1)
-    prefix = Request(length=LENGTH, given={0: 3, 1: 4, 2: 5}, seed=2, draw=Draw(temperature=0.7))
-    short = Request(length=8, seed=3, draw=Draw(top_k=5))
-    if algorithm == AR():
-        return [whole, prefix, short]
-    islands = Request(length=LENGTH, given={2: 7, 9: 1, 10: 2, 15: 0}, seed=4, num_steps=3)
-    return [whole, prefix, short, islands, replace(whole, num_steps=2, seed=5, positions=Interleaved())]
-
-
-class Uncached(Writer):
-    """The same plans with nothing kept: every step feeds every row from the start."""
-
-    def logits_of_step(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """(text, rank, logits) of each row that this step draws, from the definition of the plan."""
-        for text in self._texts.tolist():
-            plans, step = self._plans, self._step
-            closed, start, stop, shown = (int(table[text, step]) for table in plans.boundaries)
-            ranks = np.arange(shown)
-            tokens = self._tokens[text, ranks - plans.shifted].copy()
-            if plans.shifted:
-                tokens[0] = VOCAB - 1
-            else:
-                tokens[start:] = VOCAB - 1
-            stage = np.where(ranks < start, plans.token_stage[text, ranks], plans.mask_stage[text, ranks])
-            public = (ranks < closed) | plans.masks_public
-            rows = [torch.from_numpy(array)[None] for array in (tokens, plans.order[text, ranks], stage, public)]
-            mask = attends(rows[2], rows[3], rows[2], rows[3])[:, None]
-            hidden = self.denoiser(rows[0], rows[1], Relation(mask=mask))
-            for rank in range(start, stop):
-                yield text, rank, self.denoiser.logits(hidden[0, rank])
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
 @torch.inference_mode()
-def test_cached_equals_uncached_at_every_step_of_a_ragged_batch(algorithm, denoiser):
-    writer = Uncached(denoiser, algorithm, requests_for(algorithm))
-    rng = np.random.default_rng(0)
-    while writer.active:
-        wanted = {(text, rank): logits for text, rank, logits in writer.logits_of_step()}
-        texts = writer._texts
-        hidden, row, rank = writer.evaluate()
-        found = denoiser.logits(hidden)
-        assert {(int(texts[r]), int(k)) for r, k in zip(row, rank, strict=True)} == wanted.keys()
-        for logits, r, k in zip(found, row, rank, strict=True):
-            assert torch.allclose(logits, wanted[int(texts[r]), int(k)], atol=1e-5, rtol=1e-5)
-        writer.accept(row, rank, rng.integers(0, VOCAB - 1, size=len(rank)))
+def from_scratch(denoiser, algorithm, request, step, tokens):
+    """Logits of the ranks that a step writes, nothing cached, of a text whose tokens by rank are these."""
+    plan = algorithm.plan(request, generator(request.seed, 0))
+    shown, start = int(plan.shown[step]), int(plan.start[step])
+    rank = np.arange(shown)
+    held = np.where(rank < start, tokens[:shown], denoiser.config.mask_id)
+    if plan.shifted:
+        held = np.concatenate(([denoiser.config.mask_id], tokens[: shown - 1]))
+    stage = np.where(rank < start, plan.token_stage[:shown], plan.mask_stage[:shown])
+    public = (rank < plan.closed[step]) | plan.masks_public
+    rows = [torch.from_numpy(x)[None] for x in (held, plan.order[:shown], stage, public)]
+    who = Relation(mask=attends(rows[2], rows[3], rows[2], rows[3])[:, None])
+    return denoiser.logits(denoiser(rows[0], rows[1], who))[0, start : plan.stop[step]]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
-def test_a_text_is_the_same_bit_for_bit_alone_and_in_any_batch(algorithm, denoiser):
+@torch.inference_mode()
+@pytest.mark.parametrize("denoiser", [DENOISER, GROUPED], ids=["plain", "grouped"])
+@METHODS
+def test_cached_logits_are_those_from_scratch(algorithm, denoiser):
     requests = requests_for(algorithm)
-    together = complete(denoiser, algorithm, requests, end_id=0)
-    backwards = complete(denoiser, algorithm, requests[::-1], end_id=0)[::-1]
-    for request, first, second in zip(requests, together, backwards, strict=True):
-        (alone,) = complete(denoiser, algorithm, [request], end_id=0)
-        assert alone.tokens.tolist() == first.tokens.tolist() == second.tokens.tolist()
-        assert alone.nfe == first.nfe == second.nfe
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
-def test_given_tokens_stand_where_they_were_given_and_every_other_place_is_written_once(algorithm, denoiser):
-    for request in requests_for(algorithm):
-        (text,) = complete(denoiser, algorithm, [request])
-        assert {place: text.tokens[place] for place in request.given} == request.given
-        assert len(text.tokens) == request.length and text.tokens.max() < VOCAB - 1
-        reveals = list(write(denoiser, algorithm, [request]))
-        places = [place for reveal in reveals for place in reveal.positions]
-        assert sorted(places) == request.free.tolist()
-        assert [text.tokens[place] for place in places] == [t for reveal in reveals for t in reveal.tokens]
-        assert text.nfe == len(reveals)
-
-
-def test_seeds_differ_and_repeat(denoiser):
-    texts = [
-        complete(denoiser, EsoLM(), [Request(length=LENGTH, seed=seed)])[0].tokens.tolist() for seed in (1, 2, 1)
+    plans = [algorithm.plan(request, generator(request.seed, 0)) for request in requests]
+    known = [
+        np.array([request.given.get(int(place), VOCAB - 1) for place in plan.order])
+        for request, plan in zip(requests, plans, strict=True)
     ]
-    assert texts[0] != texts[1] and texts[0] == texts[2]
-
-
-@pytest.mark.parametrize("algorithm", [AR(), EsoLM(alpha_0=0.25), BD3LM(block_size=4)], ids=named)
-def test_writing_stops_at_the_first_end_of_text_and_leaves_it_out(algorithm, denoiser):
-    stopped = 0
-    for seed in range(20):
-        whole = Request(length=LENGTH, seed=seed, stop_at_end=False)
-        (long,) = complete(denoiser, algorithm, [whole], end_id=0)
-        (short,) = complete(denoiser, algorithm, [replace(whole, stop_at_end=True)], end_id=0)
-        ends = (long.tokens == 0).nonzero()[0]
-        length = int(ends[0]) if len(ends) else LENGTH
-        assert short.tokens.tolist() == long.tokens[:length].tolist()
-        stopped += short.nfe < long.nfe
-    assert stopped > 0
-
-
-@torch.inference_mode()
-def test_greedy_takes_the_likeliest_token(denoiser):
-    request = Request(length=LENGTH, draw=Draw(temperature=0.0))
-    writer = Writer(denoiser, AR(), [request])
-    while writer.active:
+    writer, rng, compared = Writer(denoiser, algorithm, requests), np.random.default_rng(0), 0
+    unfinished = [text for text, plan in enumerate(plans) if plan.num_steps]
+    for step in itertools.count():
+        if not writer.active:
+            break
         hidden, row, rank = writer.evaluate()
-        best = denoiser.logits(hidden)[:, :-1].argmax(-1).numpy()
-        writer.accept(row, rank, best)
-    (text,) = complete(denoiser, AR(), [request])
-    assert text.tokens.tolist() == writer.texts()[0].tokens.tolist()
+        logits = denoiser.logits(hidden)
+        tokens = rng.integers(0, VOCAB - 1, len(rank))
+        for place, text in enumerate(unfinished):
+            expected = from_scratch(denoiser, algorithm, requests[text], step, known[text])
+            torch.testing.assert_close(logits[row == place], expected, rtol=0, atol=1e-5)
+            known[text][rank[row == place]] = tokens[row == place]
+            compared += len(expected)
+        writer.accept(row, rank, tokens)
+        unfinished = [text for text in unfinished if step + 1 < plans[text].num_steps]
+    assert compared == sum(len(request.free) for request in requests)
+    for text, written in enumerate(writer.texts()):
+        np.testing.assert_array_equal(written.tokens[plans[text].order], known[text])
+        assert written.nfe == plans[text].num_steps
 
 
-def test_mdlm_skips_evaluations_that_reveal_nothing(denoiser):
-    (text,) = complete(denoiser, MDLM(), [Request(length=LENGTH, num_steps=1000, seed=1)])
-    assert text.nfe <= LENGTH
+@METHODS
+def test_a_text_is_the_same_alone_and_in_any_company(algorithm):
+    requests = requests_for(algorithm)
+    together = [text.tokens.tolist() for text in complete(DENOISER, algorithm, requests)]
+    assert together == [complete(DENOISER, algorithm, [request])[0].tokens.tolist() for request in requests]
+    for seed in range(3):
+        shuffled = np.random.default_rng(seed).permutation(len(requests))[: len(requests) - 5 * seed]
+        written = complete(DENOISER, algorithm, [requests[place] for place in shuffled])
+        assert [text.tokens.tolist() for text in written] == [together[place] for place in shuffled]
 
 
-def test_a_plan_of_all_diffusion_and_one_step_writes_everything_at_once(denoiser):
-    (reveal,) = write(denoiser, EsoLM(alpha_0=1.0), [Request(length=LENGTH, num_steps=1)])
-    assert sorted(reveal.positions) == list(range(LENGTH)) and reveal.phase == "diffusion"
+@METHODS
+def test_a_text_ends_where_its_end_is_written(algorithm):
+    requests = requests_for(algorithm)
+    whole = complete(DENOISER, algorithm, requests)
+    ended = complete(DENOISER, algorithm, requests, end_id=END)
+    assert any(len(text.tokens) < request.length for text, request in zip(ended, requests, strict=True))
+    assert sum(text.nfe for text in ended) < sum(text.nfe for text in whole)
+    for request, text, full in zip(requests, ended, whole, strict=True):
+        own = full.tokens[request.free[0] :] == END
+        cut = int(request.free[0] + own.argmax()) if own.any() else request.length
+        np.testing.assert_array_equal(text.tokens, full.tokens[:cut])
 
 
-def test_interleaved_steps_take_positions_far_apart():
-    plan = EsoLM(alpha_0=1.0).plan(Request(length=16, num_steps=4, positions=Interleaved()), generator(0))
-    for start, stop in zip(plan.start, plan.stop, strict=True):
-        assert set(np.diff(np.sort(plan.order[start:stop]))) == {4}
+@METHODS
+def test_a_text_that_is_asked_to_go_on_does_not_end(algorithm):
+    requests = [Request(length=LENGTH, seed=seed, stop_at_end=False, given={0: END}) for seed in range(12)]
+    texts = complete(DENOISER, algorithm, requests, end_id=END)
+    assert any((text.tokens[1:] == END).any() for text in texts)
+    assert {len(text.tokens) for text in texts} == {LENGTH}
+
+
+def test_an_end_in_the_prompt_ends_nothing():
+    (text,) = complete(DENOISER, EsoLM(), [Request(length=LENGTH, given={0: END, 1: 2}, seed=5)], end_id=END)
+    assert len(text.tokens) > 1
+
+
+@METHODS
+def test_reveals_tell_the_whole_text_once(algorithm):
+    requests = requests_for(algorithm)
+    reveals, told = list(write(DENOISER, algorithm, requests)), [dict(request.given) for request in requests]
+    for reveal in reveals:
+        assert not set(reveal.positions) & told[reveal.text].keys()
+        told[reveal.text] |= dict(zip(reveal.positions, reveal.tokens, strict=True))
+    texts = [text.tokens.tolist() for text in complete(DENOISER, algorithm, requests)]
+    assert [[tokens[place] for place in sorted(tokens)] for tokens in told] == texts
+
+
+def test_diffusion_comes_before_the_sequential_phase_which_goes_left_to_right():
+    (request,) = [Request(length=LENGTH, given={3: 1}, seed=4, num_steps=3)]
+    reveals = list(write(DENOISER, EsoLM(alpha_0=0.5), [request]))
+    phases = [reveal.phase for reveal in reveals]
+    assert phases == sorted(phases) and set(phases) == {"diffusion", "sequential"}
+    line = [place for reveal in reveals if reveal.phase == "sequential" for place in reveal.positions]
+    assert line == sorted(line) and all(len(r.positions) == 1 for r in reveals if r.phase == "sequential")
+    assert sum(phase == "diffusion" for phase in phases) <= 3
+
+
+@METHODS
+def test_given_tokens_stand_where_they_were_given(algorithm):
+    requests = requests_for(algorithm)
+    for request, text in zip(requests, complete(DENOISER, algorithm, requests), strict=True):
+        assert {place: int(text.tokens[place]) for place in request.given} == dict(request.given)
+        assert text.tokens.max() < VOCAB - 1
+
+
+@METHODS
+def test_a_text_that_is_wholly_given_needs_no_network(algorithm):
+    given = {place: place for place in range(8)}
+    (text,) = complete(DENOISER, algorithm, [Request(length=8, given=given)])
+    assert text.tokens.tolist() == list(range(8))
+    assert text.nfe == 0
+
+
+def test_greedy_writing_takes_the_likeliest_token_each_time():
+    request = Request(length=LENGTH, draw=Draw(temperature=0), seed=1)
+    (text,) = complete(DENOISER, AR(), [request])
+    for place in range(LENGTH):
+        logits = from_scratch(DENOISER, AR(), request, place, text.tokens)[0, :-1]
+        assert int(logits.argmax()) == text.tokens[place]
+    (again,) = complete(DENOISER, AR(), [Request(length=LENGTH, draw=Draw(temperature=0), seed=2)])
+    np.testing.assert_array_equal(text.tokens, again.tokens)
+
+
+def test_seeds_make_texts_differ():
+    texts = complete(DENOISER, EsoLM(), [Request(length=LENGTH, seed=seed) for seed in range(20)])
+    assert len({tuple(text.tokens.tolist()) for text in texts}) == 20
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "options", "words"),
+    ("make", "message"),
     [
-        (EsoLM(), {"alpha_0": 1.5}, r"alpha_0 must lie in \[0, 1\], got 1.5"),
-        (EsoLM(), {"num_steps": 0}, "num_steps must be at least 1, got 0"),
-        (EsoLM(), {"length": LENGTH + 1}, "longer than the model's 16"),
-        (EsoLM(), {"given": {0: VOCAB - 1}}, r"ids lie in \[0, 22\)"),
-        (EsoLM(), {"given": {0: -1}}, "not in the vocabulary"),
-        (EsoLM(), {"given": {LENGTH: 1}}, "given positions"),
-        (AR(), {"given": {3: 1}}, "prefix only"),
-        (AR(), {"alpha_0": 0.5}, "AR takes no alpha_0"),
-        (AR(), {"num_steps": 4}, "AR takes no num_steps"),
-        (MDLM(), {"alpha_0": 0.5}, "MDLM takes no alpha_0"),
-        (BD3LM(block_size=4), {"length": 10}, "not divisible by block_size 4"),
+        (lambda: EsoLM(alpha_0=1.5), r"alpha_0 must lie in \[0, 1\], got 1.5"),
+        (lambda: EsoLM().plan(Request(length=4, alpha_0=1.5), generator(0)), r"alpha_0 must lie in \[0, 1\], got 1.5"),
+        (lambda: Request(length=4, num_steps=0), "num_steps must be at least 1, got 0"),
+        (lambda: Request(length=0), "length must be at least 1, got 0"),
+        (lambda: Request(length=4, given={4: 1}), r"given positions must lie in \[0, 4\), got 4"),
+        (lambda: Request(length=4, given={-1: 1}), r"given positions must lie in \[0, 4\), got -1"),
+        (lambda: Draw(temperature=-1), "temperature must be at least 0"),
+        (lambda: Draw(top_p=0), r"top_p must lie in \(0, 1\]"),
+        (lambda: Draw(top_k=0), "top_k must be at least 1"),
+        (lambda: Writer(DENOISER, AR(), []), "give at least one request"),
+        (lambda: Writer(DENOISER, AR(), [Request(length=17)]), "17 tokens is longer than the model's 16"),
+        (lambda: Writer(DENOISER, EsoLM(), [Request(length=4, given={0: 11})]), r"ids lie in \[0, 11\)"),
+        (lambda: Writer(DENOISER, EsoLM(), [Request(length=4, given={0: -1})]), r"ids lie in \[0, 11\)"),
+        (lambda: Writer(DENOISER, AR(), [Request(length=4, given={1: 1})]), "AR takes a prefix only"),
+        (lambda: Writer(DENOISER, AR(), [Request(length=4, num_steps=2)]), "AR takes no num_steps"),
+        (lambda: Writer(DENOISER, MDLM(), [Request(length=4, alpha_0=0.5)]), "MDLM takes no alpha_0"),
+        (lambda: Writer(DENOISER, BD3LM(block_size=4), [Request(length=6)]), "6 is not divisible by block_size 4"),
+        (lambda: BD3LM(block_size=0), "block_size must be at least 1"),
+        (lambda: EsoLM(variant="C"), "variant must be A or B"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused_with_its_reason(algorithm, options, words, denoiser):
-    with pytest.raises(ValueError, match=words):
-        complete(denoiser, algorithm, [Request(**{"length": LENGTH, **options})])
-
-
-def test_nothing_to_write_is_said(denoiser):
-    with pytest.raises(ValueError, match="nothing to write"):
-        complete(denoiser, AR(), [])
-
-
-def test_weights_that_are_not_numbers_are_said_so(denoiser):
-    broken = Denoiser(denoiser.config)
-    with torch.no_grad():
-        broken.head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN"):
-        complete(broken, AR(), [Request(length=4)])
+def test_what_cannot_be_written_is_refused_with_its_reason(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
