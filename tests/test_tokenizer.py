@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
 
 from esolm.tokenizer import END, MASK, Tokenizer
 
@@ -75,6 +75,60 @@ def test_a_tokenizer_of_others_gets_the_ids_it_lacks_once():
     tokenizer = Tokenizer.from_json(other.to_str())
     assert (tokenizer.end_id, tokenizer.mask_id, tokenizer.vocab_size) == (2, 3, 4)
     assert Tokenizer.from_json(tokenizer.to_json()).vocab_size == 4
+
+
+def test_a_model_with_a_piece_spelled_like_a_special_token_yields_none_from_text():
+    """T5's model has "</s>" as a piece like any other: a text that spells it used to end there."""
+    pieces = ["<unk>", "</s>", *"<>/sab"]
+    other = Backend(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    tokenizer = Tokenizer.from_json(other.to_str())
+    assert tokenizer.end_id == 1
+    spelled = [pieces.index(letter) for letter in "a</s>b</s>"]
+    assert tokenizer.encode("a</s>b</s>") == spelled
+    assert tokenizer.encode_batch(["ab", "a</s>b</s>"]) == [tokenizer.encode("ab"), spelled]
+
+
+def test_a_tokenizer_whose_unknown_piece_is_end_of_text_is_told_of():
+    other = Backend(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
+    with pytest.raises(ValueError, match="turns unknown pieces into end-of-text"):
+        Tokenizer.from_json(other.to_str()).encode("b")
+
+
+def test_a_special_token_that_a_file_does_not_mark_as_one_still_comes_from_no_text():
+    other = Backend(BYTES._backend.model)
+    other.pre_tokenizer, other.decoder = BYTES._backend.pre_tokenizer, BYTES._backend.decoder
+    other.add_tokens([AddedToken("</s>", special=False)])
+    tokenizer = Tokenizer.from_json(other.to_str())
+    assert tokenizer.end_id == 256 and tokenizer.encode("a</s>") == list(b"a</s>")
+
+
+@given(texts=st.lists(st.text()))
+@settings(max_examples=50, deadline=None)
+def test_many_texts_at_once_are_each_text_alone(texts):
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    assert LEARNED.encode_batch(texts) == [LEARNED.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("encode", [BYTES.encode, lambda text: BYTES.encode_batch(["fine", text])])
+def test_half_a_surrogate_pair_is_no_text(encode):
+    with pytest.raises(ValueError, match=r"character 2 is half a surrogate pair \(U\+D83D\)"):
+        encode("ab\ud83d")
+
+
+def test_lines_are_apart_for_byte_level_tokenizers_and_not_for_those_that_join_or_prefix_them():
+    assert BYTES.splits_lines and LEARNED.splits_lines
+    for before in (None, pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
+        other = Backend(models.BPE(vocab={"a": 0}, merges=[]))
+        if before is not None:
+            other.pre_tokenizer = before
+        assert not Tokenizer.from_json(other.to_str()).splits_lines
+
+
+def test_gpt2_files_that_are_damaged_are_named(tmp_path):
+    (tmp_path / "encoder.json").write_text('{"a": 0}')
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nx y\n")
+    with pytest.raises(ValueError, match=r"cannot read the tokenizer .*encoder\.json with vocab\.bpe"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_mask_in_the_middle_is_refused():

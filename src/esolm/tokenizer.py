@@ -8,6 +8,7 @@ library does the work; this file adds the two special ids and errors that teach.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 END, MASK = "<|endoftext|>", "<|mask|>"
 _KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_FILES = ("encoder.json", "vocab.bpe")
+_LINES = ("Words, two.\n", "3 (four)\n", "«é»\n", "last")  # probes
 
 
 class Tokenizer:
@@ -82,7 +84,7 @@ class Tokenizer:
         if path.is_dir():
             encoder, merges = (path / name for name in _GPT2_FILES)
             if encoder.is_file() and merges.is_file():
-                return Tokenizer(_byte_level(models.BPE.from_file(str(encoder), str(merges))))
+                return _gpt2(encoder, merges)
             raise ValueError(
                 f"there is no tokenizer in {path}: it needs tokenizer.json, or {' and '.join(_GPT2_FILES)}"
             )
@@ -121,14 +123,29 @@ class Tokenizer:
         """sha256 of the tokenizer's JSON: equal digests, equal ids."""
         return hashlib.sha256(json.dumps(json.loads(self.to_json()), sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def splits_lines(self) -> bool:
+        """May a text be cut behind a line break that stands alone, its parts encoded apart, and the ids be the same?"""
+        before = self._backend.pre_tokenizer
+        if before is None or self._backend.normalizer is not None:
+            return False
+        apart = [piece for line in _LINES for piece, _ in before.pre_tokenize_str(line)]
+        return apart == [piece for piece, _ in before.pre_tokenize_str("".join(_LINES))]
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without end-of-text. Never a special id."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        """Ids of a text, without end-of-text. Never a special id. ValueError for half a surrogate pair."""
+        try:
+            return self._ordinary(text, self._backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:  # what the library says of a str that has no UTF-8
+            raise ValueError(_unpaired([text])) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of many texts, on all cores. See `encode`."""
+        try:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise ValueError(_unpaired(texts)) from None
+        return [self._ordinary(text, encoding.ids) for text, encoding in zip(texts, found, strict=True)]
 
     def decode(self, ids: Sequence[int], mask: str = "\u2591") -> str:
         """The text of ids; masks are shown as `mask`, end-of-text is left out, broken UTF-8 becomes U+FFFD.
@@ -151,10 +168,41 @@ class Tokenizer:
             return sum(len(self._backend.id_to_token(token) or "") for token in kept)
         return len(self.decode(kept).encode())
 
+    def _ordinary(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text. Where the model itself has a piece spelled like a special token (T5 does), the text is
+        encoded in parts that cut the name in two."""
+        if self.end_id not in ids and self.mask_id not in ids:
+            return ids
+        special = (self._backend.id_to_token(token) or "" for token in (self.end_id, self.mask_id))
+        names = [name for name in special if name in text]
+        if not names:
+            raise ValueError("the tokenizer turns unknown pieces into end-of-text: choose one that has an id for them")
+        inside = "|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names)
+        parts = [self._backend.encode(part, add_special_tokens=False).ids for part in re.split(inside, text)]
+        return [token for part in parts for token in part]
+
     def _check(self, ids: Sequence[int]) -> None:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"id {token} is not in the vocabulary: ids lie in [0, {self.vocab_size})")
+
+
+def _gpt2(encoder: Path, merges: Path) -> Tokenizer:
+    try:
+        return Tokenizer(_byte_level(models.BPE.from_file(str(encoder), str(merges))))
+    except Exception as problem:  # the library raises plain Exception
+        raise ValueError(f"cannot read the tokenizer {encoder} with {merges.name}: {problem}") from None
+
+
+def _unpaired(texts: Sequence[str]) -> str:
+    """What is wrong with texts that the library refuses."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            half = f"U+{ord(text[problem.start]):04X}"
+            return f"character {problem.start} is half a surrogate pair ({half}), which is no text: remove it"
+    return "texts must be str"
 
 
 def _byte_level(model: models.BPE) -> Backend:
