@@ -61,11 +61,16 @@ def block_mask(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch ro
     """The same relation as a block mask of FlexAttention, which skips blocks where nobody reads."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def reads(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return _rule(stage[b, q], public[b, q], stage[b, k], public[b, k])
-
     batch, rows = stage.shape
-    return create_block_mask(reads, batch, None, rows, rows, device=str(stage.device))
+    # a lambda, not a function: torch counts its parameters, which the shape checks of the tests would hide
+    return create_block_mask(
+        lambda b, h, q, k: _rule(stage[b, q], public[b, q], stage[b, k], public[b, k]),
+        batch,
+        None,
+        rows,
+        rows,
+        device=str(stage.device),
+    )
 
 
 def attention(
