@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow import unchecked
 
 from esolm.algorithms import ar, bd3lm, esolm, mdlm
 from esolm.algorithms.algorithm import Batch
 from esolm.attention import PADDING, Relation, attends, attention, block_mask, picture, relation
 from esolm.noise import Noise
+from slow import unchecked
 
 MASK_ID = 9
 TEXT = torch.tensor([[5, 6, 7, 8]])
