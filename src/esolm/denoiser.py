@@ -191,7 +191,7 @@ class Block(nn.Module):
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
         if self.config.qk_norm:
             qk = torch.cat((self.q_norm(qk[:, :, :heads]), self.k_norm(qk[:, :, heads:])), dim=2)
-        q, k = torch.split(rotate(qk, *angles).transpose(1, 2), (heads, kv_heads), dim=1)
+        q, k = torch.split(rotate(qk, *angles).transpose(1, 2), [heads, kv_heads], dim=1)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
