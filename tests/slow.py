@@ -10,7 +10,7 @@ of stages, and plans listed with their probabilities instead of drawn. A state o
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -55,12 +55,19 @@ def network(*, seed: int = 0, vocab_size: int = 4, length: int = 4, width: int =
     return denoiser
 
 
-def slow_logits(denoiser: Denoiser, tokens: Tensor, positions: Tensor, reads: Tensor) -> Tensor:
+def slow_logits(
+    denoiser: Denoiser,
+    tokens: Tensor,
+    positions: Tensor,
+    reads: Tensor,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """Logits `[batch, row, vocab]` in float64 of rows `tokens` at `positions`; `reads[q, k]`: does row q read row k?
 
-    A plain transformer: layer norm, rotary angles, softmax written out, GELU (tanh form).
+    A plain transformer: layer norm, rotary angles, softmax written out, GELU (tanh form). `weights` in float64 stand
+    in for the denoiser's where gradients are wanted.
     """
-    weights = {name: value.detach().double() for name, value in denoiser.state_dict().items()}
+    weights = weights or {name: value.detach().double() for name, value in denoiser.state_dict().items()}
     config = denoiser.config
     h = weights["embed.weight"][tokens]
     for layer in range(config.layers):
