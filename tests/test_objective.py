@@ -211,19 +211,19 @@ def test_every_text_of_a_batch_is_in_one_of_the_two_terms(split):
     assert len(diffusion.tokens) == int(TEXTS * split)
     assert diffusion.num_tokens == diffusion.tokens.numel()
     assert sequential.num_tokens == (TEXTS - int(TEXTS * split)) * LENGTH
-    shown = [
-        dict(zip(*row, strict=True))
-        for row in zip(diffusion.positions.tolist(), diffusion.targets.tolist(), strict=True)
-    ]
-    shown += [
-        {place: token for place, token, asked in zip(*row, strict=True) if asked or token}
-        for row in zip(
-            sequential.positions.tolist(), sequential.targets.tolist(), sequential.weights.tolist(), strict=True
-        )
-    ]
-    texts = [dict(enumerate(text)) for text in batch.tokens.tolist()]
-    matches = [[number for number, text in enumerate(texts) if row.items() <= text.items()] for row in shown]
-    assert sorted(matches) == [[number] for number in range(TEXTS)]
+    texts = [set(enumerate(text)) for text in batch.tokens.tolist()]
+    shown = [pairs for view in (diffusion, sequential) for pairs in places_and_tokens(view)]
+    assert sorted(number for pairs in shown for number in range(TEXTS) if pairs <= texts[number]) == list(range(TEXTS))
+
+
+def places_and_tokens(view) -> list[set]:
+    """For each text of a view, what stands where: by the rows that hold a token, and by what is asked for."""
+    asked, found = terms(view), []
+    for text in range(len(view.tokens)):
+        rows = zip(view.positions[text].tolist(), view.tokens[text].tolist(), strict=True)
+        found.append({(place, token) for place, token in rows if token != MASK_ID})
+        found[-1] |= {(place, token) for (other, place), (_, token, _) in asked.items() if other == text}
+    return found
 
 
 @METHODS
