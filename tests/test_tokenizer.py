@@ -9,11 +9,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from esolm import tokenizer as module
 from esolm.tokenizer import END, MASK, Tokenizer
 
 TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 20
 LEARNED = Tokenizer.train([TEXT], 300)
 BYTES = Tokenizer.bytes()
+
+
+# A BPE that has learned runs of white space, which the cutting of texts must neither make nor break.
+SPACED = Tokenizer.train(["\n\n x\r\n y\n\n\n\n z\t\t\t u\n \n v" * 50], 270)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, LEARNED], ids=["bytes", "bpe"])
@@ -115,13 +120,40 @@ def test_half_a_surrogate_pair_is_no_text(encode):
         encode("ab\ud83d")
 
 
-def test_lines_are_apart_for_byte_level_tokenizers_and_not_for_those_that_join_or_prefix_them():
-    assert BYTES.splits_lines and LEARNED.splits_lines
-    for before in (None, pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=True)):
-        other = Backend(models.BPE(vocab={"a": 0}, merges=[]))
-        if before is not None:
-            other.pre_tokenizer = before
-        assert not Tokenizer.from_json(other.to_str()).splits_lines
+@given(text=st.text(alphabet="ab1.,é \n\t\r'", max_size=400))
+@settings(max_examples=100, deadline=None)
+def test_a_huge_text_is_encoded_in_pieces_and_no_id_changes(text):
+    """A cut behind "\\n\\n" used to give the one token of two line breaks, where the whole text has two tokens."""
+    whole = SPACED.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_PIECE", 5)
+        patch.setattr(module, "_TOGETHER", 3)
+        (found,) = SPACED.encode_arrays([text], "uint16")
+    assert found.tolist() == whole
+
+
+def test_pieces_are_many_and_only_behind_lone_line_breaks(monkeypatch):
+    monkeypatch.setattr(module, "_PIECE", 4)
+    assert list(module._pieces("one\ntwo\n\nthree\n four five\nsix\n")) == ["one\ntwo\n\nthree\n four five\n", "six\n"]
+
+
+def test_texts_come_back_as_arrays_each_its_own():
+    found = list(LEARNED.encode_arrays(["to be", "", "not"], "uint16"))
+    assert [ids.tolist() for ids in found] == [LEARNED.encode("to be"), [], LEARNED.encode("not")]
+    assert {ids.dtype.name for ids in found} == {"uint16"}
+
+
+@pytest.mark.parametrize(
+    "before", [None, pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=True)], ids=str
+)
+def test_texts_of_tokenizers_that_join_or_prefix_lines_are_not_cut(monkeypatch, before):
+    other = Backend(models.BPE(vocab={letter: n for n, letter in enumerate("ab\nĊĠ▁")}, merges=[]))
+    if before is not None:
+        other.pre_tokenizer = before
+    tokenizer = Tokenizer.from_json(other.to_str())
+    monkeypatch.setattr(module, "_PIECE", 2)
+    (found,) = tokenizer.encode_arrays(["ab\nab\nab"], "uint16")
+    assert found.tolist() == tokenizer.encode("ab\nab\nab")
 
 
 def test_gpt2_files_that_are_damaged_are_named(tmp_path):

@@ -9,17 +9,21 @@ library does the work; this file adds the two special ids and errors that teach.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 END, MASK = "<|endoftext|>", "<|mask|>"
 _KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_FILES = ("encoder.json", "vocab.bpe")
+_PIECE = 2**14  # characters encoded at a time
+_TOGETHER = 512  # pieces encoded together
+_CUT = re.compile(r"(?<=\S)\n(?=\S)")  # other white space is read together with its neighbours: "\n\n" may be one token
 _LINES = ("Words, two.\n", "3 (four)\n", "«é»\n", "last")  # probes
 
 
@@ -123,15 +127,6 @@ class Tokenizer:
         """sha256 of the tokenizer's JSON: equal digests, equal ids."""
         return hashlib.sha256(json.dumps(json.loads(self.to_json()), sort_keys=True).encode()).hexdigest()
 
-    @cached_property
-    def splits_lines(self) -> bool:
-        """May a text be cut behind a line break that stands alone, its parts encoded apart, and the ids be the same?"""
-        before = self._backend.pre_tokenizer
-        if before is None or self._backend.normalizer is not None:
-            return False
-        apart = [piece for line in _LINES for piece, _ in before.pre_tokenize_str(line)]
-        return apart == [piece for piece, _ in before.pre_tokenize_str("".join(_LINES))]
-
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without end-of-text. Never a special id. ValueError for half a surrogate pair."""
         try:
@@ -146,6 +141,15 @@ class Tokenizer:
         except TypeError:
             raise ValueError(_unpaired(texts)) from None
         return [self._ordinary(text, encoding.ids) for text, encoding in zip(texts, found, strict=True)]
+
+    def encode_arrays(self, texts: Iterable[str], dtype: str) -> Iterator[np.ndarray]:
+        """Ids of each text as an array. Texts may be huge: they are encoded in pieces where that changes no id."""
+        pieces = [list(_pieces(text)) if self._lines_are_apart else [text] for text in texts]
+        flat = [piece for parts in pieces for piece in parts]
+        batches = (self.encode_batch(flat[at : at + _TOGETHER]) for at in range(0, len(flat), _TOGETHER))
+        found = (np.array(ids, dtype=dtype) for batch in batches for ids in batch)
+        for parts in pieces:
+            yield np.concatenate(list(islice(found, len(parts))))
 
     def decode(self, ids: Sequence[int], mask: str = "\u2591") -> str:
         """The text of ids; masks are shown as `mask`, end-of-text is left out, broken UTF-8 becomes U+FFFD.
@@ -168,6 +172,15 @@ class Tokenizer:
             return sum(len(self._backend.id_to_token(token) or "") for token in kept)
         return len(self.decode(kept).encode())
 
+    @cached_property
+    def _lines_are_apart(self) -> bool:
+        """May a text be cut behind a line break that stands alone, its parts encoded apart, and the ids be the same?"""
+        before = self._backend.pre_tokenizer
+        if before is None or self._backend.normalizer is not None:
+            return False
+        apart = [piece for line in _LINES for piece, _ in before.pre_tokenize_str(line)]
+        return apart == [piece for piece, _ in before.pre_tokenize_str("".join(_LINES))]
+
     def _ordinary(self, text: str, ids: list[int]) -> list[int]:
         """The ids of a text. Where the model itself has a piece spelled like a special token (T5 does), the text is
         encoded in parts that cut the name in two."""
@@ -185,6 +198,15 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"id {token} is not in the vocabulary: ids lie in [0, {self.vocab_size})")
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut into pieces of about `_PIECE` characters, behind line breaks that stand alone."""
+    at = 0
+    while cut := _CUT.search(text, at + _PIECE):
+        yield text[at : cut.end()]
+        at = cut.end()
+    yield text[at:]
 
 
 def _gpt2(encoder: Path, merges: Path) -> Tokenizer:
