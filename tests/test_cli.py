@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from esolm import cli
+from esolm.cli import writing
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away. " * 60
 SMALL = ("network.width=32", "network.layers=1", "network.heads=2", "network.length=32", "batch_size=4", "log_every=1")
@@ -190,6 +191,6 @@ def test_ctrl_c_ends_with_its_exit_code(run, trained, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", interrupted)
+    monkeypatch.setattr(writing, "loaded", interrupted)
     _, err = run("sample", trained, code=130)
     assert "interrupted" in err

@@ -32,10 +32,10 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, batch, kv_heads, capacity, dim)
+        shape = (batch, kv_heads, capacity, dim)
         # zeros, not empty: a free slot is masked, but NaN times zero would still be NaN
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.stage = torch.full((batch, capacity), PADDING, device=device)
         self.public = torch.zeros((batch, capacity), dtype=torch.bool, device=device)
         self.lengths = np.zeros(batch, dtype=np.int64)
@@ -49,23 +49,30 @@ class Cache:
     def place(self, stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
         """Give the rows of the next pass their slots; returns who reads whom among them and what is kept."""
         rows = stage.shape[1]
-        first = int(self.lengths[0])
-        self._used = int(self.lengths.max()) + rows
+        first, most = int(self.lengths.min()), int(self.lengths.max())
+        self._used = most + rows
         if self._used > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} rows, {self._used} are needed: make it larger")
-        if bool((self.lengths == first).all()):
+        if first == most:
             self._slots = slice(first, first + rows)
             self.stage[:, self._slots] = stage
             self.public[:, self._slots] = public
         else:
-            slots = torch.from_numpy(self.lengths)[:, None] + torch.arange(rows)
-            self._slots = slots.to(stage.device)
-            self.stage.scatter_(1, self._slots, stage)
-            self.public.scatter_(1, self._slots, public)
+            self._scatter(stage, public)
         mask = attends(stage, public, self.stage[:, : self._used], self.public[:, : self._used])
-        if not mask.is_cuda and bool(mask.all()):
+        if not mask.is_cuda and bool(mask.all()):  # on CUDA it would cost a wait to find out
             return Relation()
         return Relation(mask=mask[:, None])
+
+    def _scatter(self, stage: Tensor, public: Tensor) -> None:
+        """Slots behind what each text holds; behind them, what an earlier and longer pass left is free."""
+        lengths = torch.from_numpy(self.lengths).to(stage.device)[:, None]
+        self._slots = lengths + torch.arange(stage.shape[1], device=stage.device)
+        self.stage.scatter_(1, self._slots, stage)
+        self.public.scatter_(1, self._slots, public)
+        free = torch.arange(self._used, device=stage.device) >= lengths + stage.shape[1]
+        self.stage[:, : self._used].masked_fill_(free, PADDING)
+        self.public[:, : self._used].masked_fill_(free, False)
 
     def update(
         self,
@@ -74,29 +81,27 @@ class Cache:
         v: Float[Tensor, "batch kv_head row dim"],
     ) -> tuple[Float[Tensor, "batch kv_head slot dim"], Float[Tensor, "batch kv_head slot dim"]]:
         """Write one layer's keys and values into the placed slots; returns those of all slots in use."""
-        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if isinstance(self._slots, slice):
-                kept[:, :, self._slots] = new
-            else:
-                text = torch.arange(len(kept), device=kept.device)[:, None]
-                kept[text, :, self._slots] = new.transpose(1, 2)
-        return self.keys[layer, :, :, : self._used], self.values[layer, :, :, : self._used]
+        keys, values = self.keys[layer], self.values[layer]
+        if isinstance(self._slots, slice):
+            keys[:, :, self._slots] = k
+            values[:, :, self._slots] = v
+        else:
+            text = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[text, :, self._slots] = k.transpose(1, 2)
+            values[text, :, self._slots] = v.transpose(1, 2)
+        return keys.narrow(2, 0, self._used), values.narrow(2, 0, self._used)
 
     def commit(self, counts: np.ndarray) -> None:
         """Keep the first `counts[b]` of the rows placed for text `b`; the others are free again."""
         self.truncate(self.lengths + counts)
 
     def truncate(self, lengths: np.ndarray) -> None:
-        """Keep the first `lengths[b]` slots of each text and free the rest."""
+        """Keep the first `lengths[b]` slots of each text and free the rest (the next pass writes over them)."""
         self.lengths = lengths
-        kept = torch.from_numpy(lengths).to(self.stage.device)
-        free = torch.arange(self.capacity, device=self.stage.device) >= kept[:, None]
-        self.stage.masked_fill_(free, PADDING)
-        self.public.masked_fill_(free, False)
 
     def select(self, texts: np.ndarray) -> None:
         """Keep only these texts of the batch, in this order."""
         index = torch.from_numpy(texts).to(self.stage.device)
-        self.keys, self.values = self.keys[:, index], self.values[:, index]
+        self.keys, self.values = [k[index] for k in self.keys], [v[index] for v in self.values]
         self.stage, self.public = self.stage[index], self.public[index]
         self.lengths = self.lengths[texts]

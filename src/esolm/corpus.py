@@ -1,58 +1,106 @@
-"""Documents and prompt/answer pairs from files, folders, JSON lines, Parquet, compressed or not, and named data sets.
+"""Documents and prompt/answer pairs from files, folders, JSON, Parquet, compressed or not, and named data sets.
 
     documents("books/")      every file below, sorted        documents("hf:roneneldan/TinyStories")     streamed
     documents("play.txt")    one document, or one between form feeds     pairs("qa.jsonl", prompt="question")
 
-It yields text; tokens are another file's.
+Everything is read as it is asked for, so a file may be larger than memory if its documents are not. It yields text;
+tokens are another file's.
 """
 
 import bz2
+import codecs
 import gzip
+import hashlib
 import io
 import json
 import lzma
-from collections.abc import Iterator
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from esolm.plain import nearest
 
 PAGE = "\f"  # between documents of one file
 _PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+_JSON = (".jsonl", ".json", ".ndjson")
 _HUB = "hf:"
+_CHUNK = 2**20  # bytes read at a time
 
 
 class DataError(ValueError):
     """A text is missing, empty, damaged or in another form. The message names the place and what to do."""
 
 
-def documents(source: str | Path, *, field: str = "text", separator: str = PAGE) -> Iterator[str]:
-    """Texts of a source, empty ones left out. `field`: the text's name in JSON lines, Parquet and data sets;
-    `separator` stands between documents of a plain file. DataError if there is none, or for broken input."""
+def documents(source: str | Path, *, field: str = "text", separator: str | None = None) -> Iterator[str]:
+    """Texts of a source, empty ones left out.
+
+    `field` is the text's name in JSON, Parquet and data sets; `separator` stands between the documents of a plain file
+    (form feeds, if None). Line breaks around a separator belong to it. DataError for a source without text, and for
+    one that is absent or broken.
+    """
+    if separator == "":
+        raise ValueError("separator must not be empty: leave it out for form feeds")
     found = False
-    for record in _records(source, (field,), separator):
-        if record[0].strip():
+    for (text,) in _records(source, (field,), separator or PAGE):
+        if text.strip():
             found = True
-            yield record[0]
+            yield text
     if not found:
         raise DataError(f"there is no text in {source}: every document is empty")
 
 
 def pairs(source: str | Path, *, prompt: str = "prompt", answer: str = "answer") -> Iterator[tuple[str, str]]:
-    """Prompts and answers of JSON lines, Parquet or a data set, pairs with an empty answer left out. DataError."""
+    """Prompts and answers of JSON, Parquet or a data set, pairs with an empty answer left out. DataError."""
     found = False
-    for record in _records(source, (prompt, answer), None):
-        if record[1].strip():
+    for question, reply in _records(source, (prompt, answer), None):
+        if reply.strip():
             found = True
-            yield record[0], record[1]
+            yield question, reply
     if not found:
         raise DataError(f"there is no answer in {source}: every one is empty")
 
 
 def shipped(name: str = "shakespeare") -> Path:
-    """The file of a corpus that comes with the package."""
-    return Path(str(files("esolm") / "assets" / f"{name}.txt.xz"))
+    """The file of a corpus that comes with the package. DataError if there is none of that name."""
+    folder = Path(str(files("esolm") / "assets"))
+    names = sorted(path.name.removesuffix(".txt.xz") for path in folder.glob("*.txt.xz"))
+    if name not in names:
+        raise DataError(f"no corpus {name!r} comes with esolm{nearest(name, names)}; there is {', '.join(names)}")
+    return folder / f"{name}.txt.xz"
+
+
+def fingerprint(source: str | Path) -> str:
+    """What tells that a source has changed: a digest of its files' names, sizes, and first and last mebibyte.
+
+    Empty for a named data set, and for files that are not there, since there is nothing to compare.
+    """
+    path = Path(source)
+    if str(source).startswith(_HUB) or not path.exists():
+        return ""
+    digest = hashlib.sha256()
+    for file in _paths(path):
+        name = file.relative_to(path) if path.is_dir() else file.name
+        size = file.stat().st_size
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+        with file.open("rb") as content:
+            digest.update(content.read(_CHUNK))
+            content.seek(max(0, size - _CHUNK))
+            digest.update(content.read(_CHUNK))
+    return digest.hexdigest()
+
+
+@runtime_checkable
+class _Reader(Protocol):
+    """What is needed of a file of bytes."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+    def readline(self) -> bytes: ...
+    def __iter__(self) -> Iterator[bytes]: ...
 
 
 def _records(source: str | Path, names: tuple[str, ...], separator: str | None) -> Iterator[tuple[str, ...]]:
@@ -61,21 +109,24 @@ def _records(source: str | Path, names: tuple[str, ...], separator: str | None) 
         yield from _data_set(str(source)[len(_HUB) :], names)
         return
     for path in _paths(Path(source)):
-        kind = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (*_PACKED, ".zst")]
-        if kind[-1:] == [".parquet"]:
-            yield from _parquet(path, names)
-        elif kind[-1:] in ([".jsonl"], [".json"], [".ndjson"]):
-            yield from _json_lines(path, names)
-        elif separator is None:
-            raise DataError(f"{path} is plain text; prompts and answers come as JSON lines or Parquet")
-        else:
-            parts = _decoded(_read(path), path).split(separator)
-            yield from ((part.strip("\n") if len(parts) > 1 else part,) for part in parts)
+        kind = next((end.lower() for end in reversed(path.suffixes) if end.lower() not in (*_PACKED, ".zst")), "")
+        with _named(path), _opened(path) as file:
+            if kind == ".parquet":
+                yield from _parquet(file, path, names)
+            elif kind in _JSON:
+                for place, record in _json(file, path, array=kind == ".json"):
+                    yield _fields(record, names, place)
+            elif separator is None:
+                raise DataError(f"{path} is plain text; prompts and answers come as JSON lines or Parquet")
+            else:
+                yield from ((text,) for text in _separated(_decoded(file, path), separator))
 
 
 def _paths(path: Path) -> Iterator[Path]:
+    """A file, or every file below a folder that is not hidden, sorted."""
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        inside = sorted(p for p in below if p.is_file())
         if not inside:
             raise DataError(f"there is no file in the folder {path}")
         yield from inside
@@ -86,66 +137,135 @@ def _paths(path: Path) -> Iterator[Path]:
         raise DataError(f"there is no file {path}{nearest(path.name, near)}")
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged or forbidden file raises into a DataError that names it."""
+    try:
+        yield
+    except Exception as problem:
+        damage: list[type[Exception]] = [OSError, EOFError, lzma.LZMAError, zlib.error]
+        for module, error in (("zstandard", "ZstdError"), ("pyarrow", "ArrowException")):
+            if module in sys.modules:
+                damage.append(getattr(sys.modules[module], error))
+        if not isinstance(problem, tuple(damage)):
+            raise
+        raise DataError(f"cannot read {path}: {problem}") from None
+
+
 def _opened(path: Path) -> Any:
     """A file of bytes, unpacked as it is read."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(f"{path} needs zstandard: pip install 'esolm[data]'") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return io.BufferedReader(_Zstandard(path), _CHUNK)
     opener: Any = _PACKED.get(suffix, open)
     return opener(path, "rb")
 
 
-def _read(path: Path) -> bytes:
-    try:
-        with _opened(path) as file:
-            data: bytes = file.read()
-            return data
-    except (OSError, EOFError, lzma.LZMAError) as problem:
-        raise DataError(f"cannot read {path}: {problem}") from None
+class _Zstandard(io.RawIOBase):
+    """Frames of a .zst file, one after the other. The library's own reader takes a file that is cut off for whole."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError:
+            raise DataError(f"{path} needs zstandard: pip install 'esolm[data]'") from None
+        self._file = path.open("rb")
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: Any = None
+        self._packed, self._ready = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            packed = self._packed or self._file.read(2**16)
+            if not packed and self._frame is not None:
+                raise EOFError("the file is cut off")
+            if not packed:
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(packed)
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
-def _decoded(data: bytes, path: Path) -> str:
+def _decoded(file: _Reader, path: Path) -> Iterator[str]:
+    """The text of a file, a chunk at a time."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    end = 0
+    while True:
+        chunk = file.read(_CHUNK)
+        end += len(chunk)
+        try:
+            yield decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as problem:
+            start = end - len(problem.object) + problem.start  # what is decoded is the end of what was read
+            raise DataError(_not_utf8(str(path), problem.object[problem.start], start)) from None
+        if not chunk:
+            return
+
+
+def _separated(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """Documents between separators, without the line breaks that stand around a separator."""
+    held: list[str] = []  # of the document that is being read
+    rest, many = "", False
+    for chunk in chunks:
+        *whole, last = (rest + chunk).split(separator)
+        for text in whole:
+            yield "".join((*held, text)).strip("\r\n")
+            held, many = [], True
+        cut = max(0, len(last) - len(separator) + 1)  # a separator may lie across two chunks
+        held.append(last[:cut])
+        rest = last[cut:]
+    text = "".join((*held, rest))
+    yield text.strip("\r\n") if many else text
+
+
+def _json(file: _Reader, path: Path, *, array: bool) -> Iterator[tuple[str, Any]]:
+    """Records with their places: one a line or, where `array` allows it, entries of one array."""
+    first = file.readline()
+    if array and first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        entries = _parsed(first + file.read(), str(path))
+        yield from ((f"entry {number} of {path}", entry) for number, entry in enumerate(entries, 1))
+        return
+    for number, line in enumerate(chain([first], file), 1):
+        if line.strip():
+            place = f"line {number} of {path}"
+            yield place, _parsed(line, place)
+
+
+def _parsed(data: bytes, place: str) -> Any:
     try:
-        return data.decode("utf-8-sig")
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise DataError(
-            f"{path} is not UTF-8: byte {data[problem.start]:#04x} at offset {problem.start}; "
-            "convert it, for example with iconv -t UTF-8"
-        ) from None
+        raise DataError(_not_utf8(place, data[problem.start], problem.start)) from None
+    except (json.JSONDecodeError, RecursionError) as problem:
+        raise DataError(f"{place} is not JSON: {problem}; a line holds one whole object") from None
 
 
-def _json_lines(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(_decoded(line, path))
-                except json.JSONDecodeError as problem:
-                    raise DataError(f"line {number} of {path} is not JSON: {problem}") from None
-                yield _fields(record, names, f"line {number} of {path}")
-    except (OSError, EOFError, lzma.LZMAError) as problem:
-        raise DataError(f"cannot read {path}: {problem}") from None
+def _not_utf8(place: str, byte: int, offset: int) -> str:
+    return f"{place} is not UTF-8: byte {byte:#04x} at offset {offset}; convert it, for example with iconv -t UTF-8"
 
 
-def _parquet(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _parquet(file: _Reader, path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise DataError(f"{path} needs pyarrow: pip install 'esolm[data]'") from None
-    try:
-        table = parquet.ParquetFile(path)
-    except (OSError, ValueError) as problem:
-        raise DataError(f"cannot read {path}: {problem}") from None
+    table = parquet.ParquetFile(path if path.suffix.lower() == ".parquet" else io.BytesIO(file.read()))
     _fields(dict.fromkeys(table.schema_arrow.names, ""), names, str(path))
-    for batch in table.iter_batches(columns=list(names)):
-        for record in batch.to_pylist():
-            yield _fields(record, names, str(path))
+    rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(1024, columns=list(names)))
+    for number, row in enumerate(rows, 1):
+        yield _fields(row, names, f"row {number} of {path}")
 
 
 def _data_set(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -154,26 +274,33 @@ def _data_set(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         import datasets
     except ImportError:
         raise DataError(f"{_HUB}{name} needs the datasets library: pip install 'esolm[data]'") from None
-    parts = [*name.split(":"), "", ""]
+    title, config, split = [*name.split(":", 2), "", ""][:3]
     try:
-        stream = datasets.load_dataset(parts[0], parts[1] or None, split=parts[2] or "train", streaming=True)
-        for number, record in enumerate(stream):
+        stream = datasets.load_dataset(title, config or None, split=split or "train", streaming=True)
+        for number, record in enumerate(stream, 1):
             yield _fields(record, names, f"record {number} of {name}")
-    except (OSError, ValueError) as problem:
-        if isinstance(problem, DataError):
-            raise
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError) as problem:
         raise DataError(f"cannot load the data set {name}: {problem}") from None
 
 
 def _fields(record: Any, names: tuple[str, ...], place: str) -> tuple[str, ...]:
+    """The texts of the fields `names`; null counts as empty."""
     if not isinstance(record, dict):
         raise DataError(f"{place} is no object with fields, but {type(record).__name__}")
     values = []
     for name in names:
         if name not in record:
-            known = ", ".join(map(str, record))
-            raise DataError(f"{place} has no field {name!r}{nearest(name, list(map(str, record)))}; it has {known}")
-        if not isinstance(record[name], str):
-            raise DataError(f"field {name!r} of {place} is {type(record[name]).__name__}, not text")
-        values.append(record[name])
+            known = [str(key) for key in record]
+            raise DataError(f"{place} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+        value = "" if record[name] is None else record[name]
+        if not isinstance(value, str):
+            raise DataError(f"field {name!r} of {place} is {type(value).__name__}, not text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as problem:
+            half = f"U+{ord(value[problem.start]):04X}"
+            raise DataError(f"field {name!r} of {place} has half a surrogate pair, {half}: remove it") from None
+        values.append(value)
     return tuple(values)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
@@ -74,31 +75,25 @@ def _weights(logits: Tensor) -> Tensor:
 def _categorical(weights: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"]) -> Int64[Tensor, "row"]:
     """The first id whose cumulative weight exceeds `uniform` times the row's sum."""
     rows, vocab = weights.shape
-    block = min(_BLOCK, vocab)
-    whole = vocab // block * block
-    sums = weights[:, :whole].view(rows, -1, block).sum(-1, dtype=torch.float64)
-    if whole < vocab:
-        sums = torch.cat((sums, weights[:, whole:].sum(-1, dtype=torch.float64, keepdim=True)), dim=1)
+    size = min(_BLOCK, vocab)
+    blocks = F.pad(weights, (0, -vocab % size)).view(rows, -1, size)
+    sums = blocks.sum(-1, dtype=torch.float64)
     total = sums.cumsum(1)
     if not bool((total[:, -1] > 0).all()):  # NaN and an empty row both fail this
         raise ValueError("a row of logits has NaN or no token left to draw: check the model's weights")
     goal = uniform[:, None] * total[:, -1:]
-    chosen = torch.searchsorted(total, goal, right=True)
-    chosen = _first_with_weight(chosen, sums)
-    before = (total - sums).gather(1, chosen)
-    places = chosen * block + torch.arange(block, device=weights.device)
-    inside = weights.gather(1, places.clamp(max=vocab - 1)).double().masked_fill_(places >= vocab, 0.0)
-    place = _first_with_weight(torch.searchsorted(inside.cumsum(1), goal - before, right=True), inside)
-    return (chosen * block + place)[:, 0]
+    block = _search(total, goal)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].double()
+    place = _search(inside.cumsum(1), goal - (total - sums).gather(1, block))
+    return (block * size + place)[:, 0]
 
 
-def _first_with_weight(index: Int64[Tensor, "row 1"], weights: Float64[Tensor, "row n"]) -> Int64[Tensor, "row 1"]:
-    """`index`, or where rounding put it on an empty or absent entry, the last entry before it that has weight."""
-    places = torch.arange(weights.shape[1], device=weights.device)
-    allowed = (weights > 0) & (places <= index)
-    last = torch.where(allowed, places, -1).amax(1, keepdim=True)
-    first = (weights > 0).int().argmax(1, keepdim=True)
-    return torch.where(last >= 0, last, first)
+def _search(total: Float64[Tensor, "row n"], goal: Float64[Tensor, "row 1"]) -> Int64[Tensor, "row 1"]:
+    """The first entry whose cumulative weight exceeds `goal`. A goal that rounding has put outside [0, sum) is put
+    back, so the entry that is found has weight."""
+    last = total[:, -1:]
+    below = torch.nextafter(last, torch.zeros_like(last))
+    return torch.searchsorted(total, torch.minimum(goal.clamp(min=0), below), right=True)
 
 
 def _likeliest(logits: Tensor, options: Draw) -> tuple[Tensor, Tensor]:

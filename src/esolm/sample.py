@@ -16,7 +16,7 @@ import torch
 from esolm.algorithms.algorithm import Algorithm, Phase, Plan, Request
 from esolm.attention import PADDING, relation
 from esolm.denoiser import Denoiser
-from esolm.draw import draw_rows
+from esolm.draw import draw, draw_rows
 from esolm.noise import generator, uniforms
 
 _PLAN, _TOKENS = 0, 1  # purposes of a request's random numbers
@@ -91,6 +91,7 @@ class Writer:
         self._uniform = np.stack([uniforms(self._tokens.shape[1], r.seed, _TOKENS) for r in requests])
         self._first_free = np.array([request.free[0] if len(request.free) else 0 for request in requests])
         self._stops = np.array([request.stop_at_end for request in requests]) & (end_id is not None)
+        self._same_draw = len({request.draw for request in requests}) == 1
         self._step = 0
         self._cached = np.zeros(len(requests), dtype=np.int64)
         self._cache = denoiser.cache(len(requests), self._plans.capacity) if self._plans.capacity else None
@@ -106,16 +107,10 @@ class Writer:
     def advance(self) -> None:
         """One step of every unfinished text: one evaluation of the network, and the tokens it decides."""
         hidden, text, rank = self.evaluate()
-        options = [self.requests[self._texts[row]].draw for row in range(len(self._texts))]
         at_once = max(1, _DRAWN_AT_ONCE // self.denoiser.config.vocab_size)
-        drawn = []
-        for at in range(0, len(rank), at_once):
-            part = slice(at, at + at_once)
-            logits = self.denoiser.logits(hidden[part]).float()
-            logits[:, -1] = -torch.inf
-            uniform = torch.from_numpy(self._uniform[self._texts[text[part]], rank[part]]).to(logits.device)
-            drawn.append(draw_rows(logits, uniform, [options[row] for row in text[part]]))
-        self.accept(text, rank, torch.cat(drawn).cpu().numpy())
+        parts = [slice(at, at + at_once) for at in range(0, len(rank), at_once)]
+        drawn = [self._draw(hidden[part], self._texts[text[part]], rank[part]) for part in parts]
+        self.accept(text, rank, np.concatenate(drawn))
 
     def step(self) -> list[Reveal]:
         """`advance`, and what it revealed in each text."""
@@ -140,7 +135,7 @@ class Writer:
         """Feed this step's rows. Returns hidden states `[drawn, width]` of the rows to draw, and each one's text (its
         place among the unfinished) and rank."""
         plans, at, step = self._plans, self._texts, self._step
-        closed, start, stop, shown = (table[at, step] for table in plans.boundaries)
+        closed, start, stop, shown = plans.boundaries[:, at, step]
         count = shown - self._cached
         rank = self._cached[:, None] + np.arange(count.max())
         real = rank < shown[:, None]
@@ -173,6 +168,17 @@ class Writer:
     def texts(self) -> list[Written]:
         """The texts as they stand, in the order of the requests: masks where nothing is written yet."""
         return [self._text(text) for text in range(len(self.requests))]
+
+    def _draw(self, hidden: torch.Tensor, text: np.ndarray, rank: np.ndarray) -> np.ndarray:
+        """Tokens of rows with these hidden states, by the options and the random numbers of their texts."""
+        logits = self.denoiser.logits(hidden).float()
+        logits[:, -1] = -torch.inf
+        uniform = torch.from_numpy(self._uniform[text, rank]).to(logits.device)
+        if self._same_draw:
+            tokens = draw(logits, uniform, self.requests[0].draw)
+        else:
+            tokens = draw_rows(logits, uniform, [self.requests[row].draw for row in text])
+        return tokens.cpu().numpy()
 
     def _forward(
         self,
@@ -224,9 +230,9 @@ class _Tables:
         self.order = _stacked([plan.order for plan in plans])
         self.token_stage = _stacked([plan.token_stage for plan in plans])
         self.mask_stage = _stacked([plan.mask_stage for plan in plans])
-        self.closed, self.start, self.stop, self.shown = self.boundaries = tuple(
-            _stacked([getattr(plan, name) for plan in plans]) for name in ("closed", "start", "stop", "shown")
-        )
+        names = ("closed", "start", "stop", "shown")
+        self.boundaries = np.stack([_stacked([getattr(plan, name) for plan in plans]) for name in names])
+        self.closed, self.start, self.stop, self.shown = self.boundaries
         self.sequential = _stacked([plan.sequential for plan in plans])
         self.masks_public, self.shifted = plans[0].masks_public, plans[0].shifted
         # the smallest position not written when ranks up to `r` are: a minimum over the ranks from `r` on

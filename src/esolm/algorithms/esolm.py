@@ -108,8 +108,8 @@ class EsoLM(Algorithm):
     def exact(self, batch: Batch, order: Int64[Tensor, "batch length"], mask_id: int) -> View:
         """As `Algorithm.exact`: writing one by one in the sequential phase, given tokens read as a clean block.
 
-        In (B) diffusion that writes one token a step gives the same; in (A) it rereads all clean tokens both ways, which
-        no single pass does, so there this is the sampler's likelihood where diffusion writes nothing.
+        In (B) diffusion that writes one token a step gives the same; in (A) it rereads all clean tokens both ways,
+        which no single pass does, so there this is the sampler's likelihood where diffusion writes nothing.
         """
         return self.sequential_of(batch, batch.scored, order, mask_id)
 

@@ -1,0 +1,46 @@
+"""What all commands share: where words go, which device, and the model of a checkpoint."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from esolm.model import Model
+
+DtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def print_json(data: object) -> None:
+    print(json.dumps(data, ensure_ascii=False))
+
+
+def console(*, stderr: bool = True) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def device_of(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"there is no device {name!r} here: use cpu, or auto") from None
+    return name
+
+
+def loaded(path: Path, dtype: DtypeName, device: str) -> "Model":
+    from esolm.model import load
+
+    return load(path, dtype=dtype, device=device_of(device))
