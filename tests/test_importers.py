@@ -113,3 +113,24 @@ def test_weights_of_another_kind_are_refused_by_the_name_that_they_lack(missing)
     del source[missing]
     with pytest.raises(ValueError, match=f"no tensor '{missing}'"):
         from_authors(source, LENGTH)
+
+
+def test_frequencies_of_another_base_are_refused():
+    """Only `inv_freq` tells the base: any other, taken for 10,000, would turn every row by a wrong angle in silence."""
+    source = theirs(True)
+    dim = WIDTH // HEADS
+    source["rotary_emb.inv_freq"] = 1 / 500_000 ** (torch.arange(0, dim, 2) / dim)
+    with pytest.raises(ValueError, match="not those of base 10000"):
+        from_authors(source, LENGTH)
+
+
+def test_weights_are_folded_in_float64_and_rounded_once():
+    source = theirs(True)
+    _, weights = from_authors(source, LENGTH)
+    w = {name: tensor.double() for name, tensor in source.items()}
+    time = torch.cat((torch.ones(128), torch.zeros(128))).double()
+    hidden = F.silu(w["sigma_map.mlp.0.weight"] @ time + w["sigma_map.mlp.0.bias"])
+    condition = F.silu(w["sigma_map.mlp.2.weight"] @ hidden + w["sigma_map.mlp.2.bias"])
+    ada = w["blocks.2.adaLN_modulation.weight"] @ condition + w["blocks.2.adaLN_modulation.bias"]
+    exact = w["blocks.2.mlp.2.weight"] * ada.chunk(6)[5][:, None]
+    assert torch.equal(weights["blocks.2.down.weight"], exact.float())

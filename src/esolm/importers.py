@@ -1,6 +1,6 @@
 """The authors' networks -> ours: names changed, and the constant time conditioning folded away, exact up to rounding.
 
-Their adaLN always sees time zero, so its shift, scale and gate are constants:
+Their adaLN always sees time zero, so its shift, scale and gate are constants, computed here in float64:
 
     norm(x) * (1 + scale) + shift   ->  the norm's weight and bias
     x + gate * f(x)                 ->  the output rows of f's last matrix and bias
@@ -17,6 +17,7 @@ from torch import Tensor
 from esolm.denoiser import Config
 
 _TIME_FEATURES = 128  # cosines, then as many sines, of time zero: ones, then zeros
+_ROTARY_BASE = Config.rotary_base
 
 
 def from_authors(tensors: Mapping[str, Tensor], length: int) -> tuple[Config, dict[str, Tensor]]:
@@ -27,7 +28,7 @@ def from_authors(tensors: Mapping[str, Tensor], length: int) -> tuple[Config, di
     source = {name: tensor.float() for name, tensor in tensors.items()}
     try:
         vocab_size, width = source["vocab_embed.embedding"].shape
-        dim = 2 * len(source["rotary_emb.inv_freq"])
+        dim = _head_dim(source["rotary_emb.inv_freq"])
         layers = sum(name.endswith("attn_qkv.weight") for name in source)
         conditioned = "sigma_map.mlp.0.weight" in source
         config = Config(
@@ -46,11 +47,24 @@ def from_authors(tensors: Mapping[str, Tensor], length: int) -> tuple[Config, di
         ) from None
 
 
+def _head_dim(frequencies: Tensor) -> int:
+    """The size of a head, of which every two numbers turn by one frequency."""
+    dim = 2 * len(frequencies)
+    ours = _ROTARY_BASE ** (-torch.arange(0, dim, 2).double() / dim)
+    if not torch.allclose(frequencies.double(), ours, rtol=1e-2, atol=0):  # bf16 has three digits
+        raise ValueError(
+            f"the rotary frequencies (rotary_emb.inv_freq) are not those of base {_ROTARY_BASE:g}, which the authors' "
+            "networks have: these weights are of another kind, or damaged"
+        )
+    return dim
+
+
 def _condition(source: Mapping[str, Tensor]) -> Tensor:
     """The vector that their time embedding gives for time zero, which every adaLN sees."""
-    time = torch.cat((torch.ones(_TIME_FEATURES), torch.zeros(_TIME_FEATURES)))
-    hidden = F.silu(F.linear(time, source["sigma_map.mlp.0.weight"], source["sigma_map.mlp.0.bias"]))
-    return F.silu(F.linear(hidden, source["sigma_map.mlp.2.weight"], source["sigma_map.mlp.2.bias"]))
+    time = torch.cat((torch.ones(_TIME_FEATURES), torch.zeros(_TIME_FEATURES))).double()
+    weights = {name: source[f"sigma_map.mlp.{name}"].double() for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    hidden = F.silu(F.linear(time, weights["0.weight"], weights["0.bias"]))
+    return F.silu(F.linear(hidden, weights["2.weight"], weights["2.bias"]))
 
 
 def _renamed(source: Mapping[str, Tensor], layers: int, condition: Tensor | None) -> dict[str, Tensor]:
@@ -61,8 +75,8 @@ def _renamed(source: Mapping[str, Tensor], layers: int, condition: Tensor | None
     result["norm.weight"] = source["output_layer.norm_final.weight"]
     if condition is not None:
         shift, scale = _modulation(source, "output_layer.", condition, 2)
-        result["norm.weight"] = result["norm.weight"] * (1 + scale)
-        result["norm.bias"] = shift
+        result["norm.weight"] = _times(result["norm.weight"], 1 + scale)
+        result["norm.bias"] = shift.float()
     return result
 
 
@@ -80,15 +94,19 @@ def _block(source: Mapping[str, Tensor], at: str, condition: Tensor | None) -> d
     if condition is None:
         return block
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(source, at, condition, 6)
-    block[at + "norm1.weight"] = block[at + "norm1.weight"] * (1 + scale1)
-    block[at + "norm2.weight"] = block[at + "norm2.weight"] * (1 + scale2)
-    block[at + "norm1.bias"], block[at + "norm2.bias"] = shift1, shift2
-    block[at + "out.weight"] = block[at + "out.weight"] * gate1[:, None]
-    block[at + "down.weight"] = block[at + "down.weight"] * gate2[:, None]
-    block[at + "down.bias"] = block[at + "down.bias"] * gate2
+    block[at + "norm1.weight"] = _times(block[at + "norm1.weight"], 1 + scale1)
+    block[at + "norm2.weight"] = _times(block[at + "norm2.weight"], 1 + scale2)
+    block[at + "norm1.bias"], block[at + "norm2.bias"] = shift1.float(), shift2.float()
+    block[at + "out.weight"] = _times(block[at + "out.weight"], gate1[:, None])
+    block[at + "down.weight"] = _times(block[at + "down.weight"], gate2[:, None])
+    block[at + "down.bias"] = _times(block[at + "down.bias"], gate2)
     return block
 
 
 def _modulation(source: Mapping[str, Tensor], at: str, condition: Tensor, parts: int) -> tuple[Tensor, ...]:
-    weight, bias = source[at + "adaLN_modulation.weight"], source[at + "adaLN_modulation.bias"]
+    weight, bias = source[at + "adaLN_modulation.weight"].double(), source[at + "adaLN_modulation.bias"].double()
     return F.linear(condition, weight, bias).chunk(parts)
+
+
+def _times(tensor: Tensor, factor: Tensor) -> Tensor:
+    return (tensor.double() * factor).float()
