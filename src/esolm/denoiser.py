@@ -84,6 +84,18 @@ class Config:
     def hidden_mlp(self) -> int:
         return self.mlp_width or 4 * self.width
 
+    def cache(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Cache:
+        """An empty cache that fits a network of these sizes."""
+        return Cache(
+            layers=self.layers,
+            batch=batch,
+            kv_heads=self.num_kv_heads,
+            capacity=capacity,
+            dim=self.dim,
+            dtype=dtype,
+            device=device,
+        )
+
 
 class Denoiser(nn.Module):
     """The network. `forward` gives hidden states of rows; `logits` those of the rows that need them."""
@@ -127,16 +139,11 @@ class Denoiser(nn.Module):
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache that fits this network."""
-        config = self.config
-        return Cache(
-            layers=config.layers,
-            batch=batch,
-            kv_heads=config.num_kv_heads,
-            capacity=capacity,
-            dim=config.dim,
-            dtype=self.cos.dtype,
-            device=self.cos.device,
-        )
+        return self.config.cache(batch, capacity, self.cos.dtype, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
 
     @property
     def num_parameters(self) -> int:

@@ -19,9 +19,10 @@ from esolm import checkpoint, likelihood, plain, sample
 from esolm.algorithms.algorithm import Algorithm, Batch, Request
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
+from esolm.inference import describe, prepared
 from esolm.noise import Noise
 from esolm.order import Positions, Uniform
-from esolm.products import Dtype, describe, prepared
+from esolm.products import Dtype
 from esolm.sample import Reveal, Written
 from esolm.tokenizer import Tokenizer
 
@@ -72,6 +73,8 @@ def load(
 
 def seed_of(seed: int, number: int) -> int:
     """The seed of text `number` of several that were asked for with one seed."""
+    if not 0 <= seed < 2**43:
+        raise ValueError(f"seed must lie in [0, 2^43), got {seed}")
     return seed * _SEED_STRIDE + number
 
 
@@ -149,6 +152,8 @@ class Model:
         """
         given: dict[int, int] = {}
         at = 0
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {tokens}: leave it out for one of each underscore")
         blanks = [len(blank.group()) for blank in _BLANK.finditer(text)]
         if not blanks:
             raise ValueError(f"there is no blank in {text!r}: mark each with underscores, as in 'To be, or ____, that'")
@@ -227,6 +232,8 @@ class Model:
                 f"{self.facts['step']:,} of {run['num_steps']:,} steps of {run['batch_size']} texts, "
                 f"learning rate {rate:g}, seed {run['seed']}, {self.facts.get('seconds', 0) / 60:.1f} minutes"
             )
+        if source := self.facts.get("origin"):
+            told["data"] = f"{source['data']}{', prompts and answers' if source['pairs'] else ''}"
         return told
 
     def _repeated(self, ids: list[int], samples: int) -> Batch:

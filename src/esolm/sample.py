@@ -15,12 +15,14 @@ import torch
 
 from esolm.algorithms.algorithm import Algorithm, Phase, Plan, Request
 from esolm.attention import PADDING, relation
-from esolm.denoiser import Denoiser
 from esolm.draw import draw, draw_rows
+from esolm.inference import Network
 from esolm.noise import generator, uniforms
 
 _PLAN, _TOKENS = 0, 1  # purposes of a request's random numbers
 _DRAWN_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
+_STEPS_AT_ONCE, _FED_AT_ONCE = 256, 2**14  # steps, and rows of each text in them, whose places are found together
+_NOWHERE = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class Written:
 
 
 def write(
-    denoiser: Denoiser, algorithm: Algorithm, requests: Sequence[Request], *, end_id: int | None = None
+    denoiser: Network, algorithm: Algorithm, requests: Sequence[Request], *, end_id: int | None = None
 ) -> Iterator[Reveal]:
     """Write texts, yielding each step's tokens as they come."""
     writer = Writer(denoiser, algorithm, requests, end_id=end_id)
@@ -52,7 +54,7 @@ def write(
 
 
 def complete(
-    denoiser: Denoiser, algorithm: Algorithm, requests: Sequence[Request], *, end_id: int | None = None
+    denoiser: Network, algorithm: Algorithm, requests: Sequence[Request], *, end_id: int | None = None
 ) -> list[Written]:
     """Write texts to their ends."""
     writer = Writer(denoiser, algorithm, requests, end_id=end_id)
@@ -70,7 +72,7 @@ class Writer:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Network,
         algorithm: Algorithm,
         requests: Sequence[Request],
         *,
@@ -84,18 +86,22 @@ class Writer:
         self._end_id = end_id
         plans = [algorithm.plan(request, generator(request.seed, _PLAN)) for request in requests]
         self._plans = _Tables(plans)
-        self._tokens = np.full_like(self._plans.order, config.mask_id)
+        # one column more than ranks, and the mask in it: what stands before rank 0 is the mask
+        self._tokens = np.full((len(plans), self._plans.order.shape[1] + 1), config.mask_id)
         for text, (request, plan) in enumerate(zip(requests, plans, strict=True)):
             known = np.array([request.given.get(int(place), config.mask_id) for place in plan.order])
             self._tokens[text, : len(known)] = known
         self._uniform = np.stack([uniforms(self._tokens.shape[1], r.seed, _TOKENS) for r in requests])
+        self._same_draw = len({request.draw for request in requests}) == 1
         self._first_free = np.array([request.free[0] if len(request.free) else 0 for request in requests])
         self._stops = np.array([request.stop_at_end for request in requests]) & (end_id is not None)
-        self._same_draw = len({request.draw for request in requests}) == 1
+        self._first_end = np.full(len(requests), _NOWHERE)
+        if end_id is not None:
+            self._find_ends(*(self._tokens[:, :-1] == end_id).nonzero())
         self._step = 0
-        self._cached = np.zeros(len(requests), dtype=np.int64)
         self._cache = denoiser.cache(len(requests), self._plans.capacity) if self._plans.capacity else None
         self._texts = np.arange(len(requests))
+        self._feed: _Feed | None = None
         self._drop_finished()
 
     @property
@@ -134,34 +140,28 @@ class Writer:
     def evaluate(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Feed this step's rows. Returns hidden states `[drawn, width]` of the rows to draw, and each one's text (its
         place among the unfinished) and rank."""
-        plans, at, step = self._plans, self._texts, self._step
-        closed, start, stop, shown = plans.boundaries[:, at, step]
-        count = shown - self._cached
-        rank = self._cached[:, None] + np.arange(count.max())
-        real = rank < shown[:, None]
-        rank = np.minimum(rank, plans.order.shape[1] - 1)
-        text = at[:, None]
-        held = self._tokens[text, rank - plans.shifted]
-        if plans.shifted:  # the first row has no token before it: it holds the mask
-            held = np.where(rank == 0, self.denoiser.config.mask_id, held)
-        stage = np.where(rank < start[:, None], plans.token_stage[text, rank], plans.mask_stage[text, rank])
-        stage = np.where(real, stage, PADDING)
-        public = real & ((rank < closed[:, None]) | plans.masks_public)
-        hidden = self._forward(held, plans.order[text, rank], stage, public, closed)
-        drawn = (rank >= start[:, None]) & (rank < stop[:, None]) & real
-        row, column = drawn.nonzero()
-        index = torch.from_numpy(row * rank.shape[1] + column).to(hidden.device)
-        return hidden.flatten(0, 1)[index], row, rank[row, column]
+        if self._feed is None or self._step == self._feed.last:
+            self._feed = _Feed(self._plans, self._texts, self._step, self.denoiser.device)
+        rows = self._feed.rows(self._step)
+        held = self._tokens[self._texts[:, None], rows.rank - self._plans.shifted]
+        tokens = torch.from_numpy(held).to(self.denoiser.device)
+        if self._cache is None or not rows.caches:
+            who, kept = relation(rows.stage, rows.public), None
+        else:
+            who, kept = self._cache.place(rows.stage, rows.public), self._cache
+        hidden: torch.Tensor = self.denoiser(tokens, rows.positions, who, kept)
+        return hidden.flatten(0, 1)[rows.drawn], rows.drawn_text, rows.drawn_rank
 
     def accept(self, text: np.ndarray, rank: np.ndarray, tokens: np.ndarray) -> None:
         """Take `tokens` for the rows that `evaluate` returned, and go on to the next step."""
-        at, plans = self._texts, self._plans
+        at = self._texts
         self._tokens[at[text], rank] = tokens
         self.nfe[at] += 1
         if self._cache is not None:
-            closed = plans.closed[at, self._step]
-            self._cache.commit(closed - self._cached)
-            self._cached = closed
+            self._cache.truncate(self._plans.closed[at, self._step])
+        if self._end_id is not None:
+            ends = (tokens == self._end_id).nonzero()[0]
+            self._find_ends(at[text[ends]], rank[ends])
         self._step += 1
         self._drop_finished()
 
@@ -180,35 +180,23 @@ class Writer:
             tokens = draw_rows(logits, uniform, [self.requests[row].draw for row in text])
         return tokens.cpu().numpy()
 
-    def _forward(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        stage: np.ndarray,
-        public: np.ndarray,
-        closed: np.ndarray,
-    ) -> torch.Tensor:
-        device = self.denoiser.embed.weight.device
-        rows = [torch.from_numpy(array).to(device) for array in (tokens, positions, stage, public)]
-        kept = self._cache if closed.any() else None
-        who = relation(rows[2], rows[3]) if kept is None else kept.place(rows[2], rows[3])
-        hidden: torch.Tensor = self.denoiser(rows[0], rows[1], who, kept)
-        return hidden
+    def _find_ends(self, text: np.ndarray, rank: np.ndarray) -> None:
+        """Note where these end-of-text tokens stand, if they end their texts."""
+        position = self._plans.order[text, rank]
+        ending = position >= self._first_free[text]
+        np.minimum.at(self._first_end, text[ending], position[ending])
 
     def _drop_finished(self) -> None:
         """Leave texts whose plan is done, or that are written up to their first end-of-text token."""
         at, plans = self._texts, self._plans
         unfinished = self._step < plans.num_steps[at]
-        stopping = unfinished & self._stops[at]
-        if stopping.any():
-            written = plans.start[at, np.minimum(self._step, plans.start.shape[1] - 1)]
-            ends = (self._tokens[at] == self._end_id) & (plans.order[at] >= self._first_free[at, None])
-            first_end = np.where(ends, plans.order[at], np.iinfo(np.int64).max).min(1)
-            unfinished &= ~(stopping & (first_end < plans.first_unwritten[at, written]))
+        if unfinished.any():
+            written = plans.start[at, min(self._step, plans.start.shape[1] - 1)]
+            unfinished &= ~self._stops[at] | (self._first_end[at] >= plans.first_unwritten[at, written])
         if unfinished.all():
             return
         kept = unfinished.nonzero()[0]
-        self._texts, self._cached = at[kept], self._cached[kept]
+        self._texts, self._feed = at[kept], None
         if self._cache is not None and len(kept):
             self._cache.select(kept)
 
@@ -217,9 +205,63 @@ class Writer:
         order, tokens = self._plans.order[text, :length], np.empty(length, dtype=np.int64)
         tokens[order] = self._tokens[text, :length]
         if self._stops[text]:
-            ends = (tokens == self._end_id) & (np.arange(length) >= self._first_free[text])
-            tokens = tokens[: ends.argmax()] if ends.any() else tokens
+            tokens = tokens[: self._first_end[text]]
         return Written(tokens=tokens, nfe=int(self.nfe[text]))
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What one step feeds: rows of each unfinished text, in rank order, and which of them are drawn."""
+
+    rank: np.ndarray  # [text, row]
+    positions: torch.Tensor
+    stage: torch.Tensor
+    public: torch.Tensor
+    caches: bool  # does any text keep rows?
+    drawn: torch.Tensor  # rows to draw, counted through the texts
+    drawn_text: np.ndarray
+    drawn_rank: np.ndarray
+
+
+class _Feed:
+    """What the next steps of the unfinished texts feed, `first` up to `last`. It follows from the plans alone, so it is
+    found for many steps at once: step by step it would take longer than a small network."""
+
+    def __init__(self, plans: "_Tables", texts: np.ndarray, first: int, device: torch.device) -> None:
+        last = min(first + _STEPS_AT_ONCE, int(plans.num_steps[texts].min()))
+        count: np.ndarray = (plans.shown - plans.kept)[texts, first:last].max(0)
+        last = first + max(1, int((np.maximum.accumulate(count) * np.arange(1, len(count) + 1) <= _FED_AT_ONCE).sum()))
+        self.first, self.last = first, last
+        self._count = count[: last - first].tolist()
+        kept, closed, start, stop, shown = (table[texts, first:last].T[:, :, None] for table in plans.boundaries)
+        rank = kept + np.arange(max(self._count))  # [step, text, row]
+        real = rank < shown
+        drawn: np.ndarray = (rank >= start) & (rank < stop)
+        text, self._rank = texts[:, None], np.minimum(rank, plans.order.shape[1] - 1)
+        stage = np.where(rank < start, plans.token_stage[text, self._rank], plans.mask_stage[text, self._rank])
+        self._positions = torch.from_numpy(plans.order[text, self._rank]).to(device)
+        self._stage = torch.from_numpy(np.where(real, stage, PADDING)).to(device)
+        self._public = torch.from_numpy(real & ((rank < closed) | plans.masks_public)).to(device)
+        self._caches = [bool(step.any()) for step in closed]
+        step, self._drawn_text, self._drawn_row = drawn.nonzero()
+        self._drawn_at = np.searchsorted(step, np.arange(last - first + 1)).tolist()
+        self._flat = torch.from_numpy(self._drawn_text * np.array(self._count)[step] + self._drawn_row).to(device)
+
+    def rows(self, step: int) -> _Rows:
+        """What a step feeds."""
+        at = step - self.first
+        count, drawn = self._count[at], slice(self._drawn_at[at], self._drawn_at[at + 1])
+        text, row = self._drawn_text[drawn], self._drawn_row[drawn]
+        return _Rows(
+            rank=self._rank[at, :, :count],
+            positions=self._positions[at, :, :count],
+            stage=self._stage[at, :, :count],
+            public=self._public[at, :, :count],
+            caches=self._caches[at],
+            drawn=self._flat[drawn],
+            drawn_text=text,
+            drawn_rank=self._rank[at, text, row],
+        )
 
 
 class _Tables:
@@ -231,14 +273,16 @@ class _Tables:
         self.token_stage = _stacked([plan.token_stage for plan in plans])
         self.mask_stage = _stacked([plan.mask_stage for plan in plans])
         names = ("closed", "start", "stop", "shown")
-        self.boundaries = np.stack([_stacked([getattr(plan, name) for plan in plans]) for name in names])
-        self.closed, self.start, self.stop, self.shown = self.boundaries
+        tables = [_stacked([getattr(plan, name) for plan in plans]) for name in names]
+        self.kept = np.concatenate((np.zeros_like(tables[0][:, :1]), tables[0][:, :-1]), axis=1)
+        self.closed, self.start, self.stop, self.shown = tables
+        self.boundaries = (self.kept, *tables)
         self.sequential = _stacked([plan.sequential for plan in plans])
         self.masks_public, self.shifted = plans[0].masks_public, plans[0].shifted
         # the smallest position not written when ranks up to `r` are: a minimum over the ranks from `r` on
-        unwritten = np.concatenate((self.order, np.full((len(plans), 1), np.iinfo(np.int64).max)), axis=1)
+        unwritten = np.concatenate((self.order, np.full((len(plans), 1), _NOWHERE)), axis=1)
         for text, plan in enumerate(plans):
-            unwritten[text, len(plan.order) :] = np.iinfo(np.int64).max
+            unwritten[text, len(plan.order) :] = _NOWHERE
         self.first_unwritten = np.minimum.accumulate(unwritten[:, ::-1], axis=1)[:, ::-1]
         self.capacity = self._capacity()
 
@@ -246,10 +290,9 @@ class _Tables:
         """Cache rows that the batch needs at its fullest step: what is kept in any text, and the rows of any text."""
         if not self.closed.any():
             return 0
-        kept = np.concatenate((np.zeros_like(self.closed[:, :1]), self.closed[:, :-1]), axis=1)
         running = np.arange(self.closed.shape[1]) < self.num_steps[:, None]
-        rows = np.where(running, self.shown - kept, 0).max(0)
-        return int((np.where(running, kept, 0).max(0) + rows).max())
+        rows = np.where(running, self.shown - self.kept, 0).max(0)
+        return int((np.where(running, self.kept, 0).max(0) + rows).max())
 
 
 def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
@@ -259,7 +302,7 @@ def _stacked(arrays: list[np.ndarray]) -> np.ndarray:
     return table
 
 
-def _check(denoiser: Denoiser, algorithm: Algorithm, requests: Sequence[Request]) -> None:
+def _check(denoiser: Network, algorithm: Algorithm, requests: Sequence[Request]) -> None:
     config = denoiser.config
     if not requests:
         raise ValueError("there is nothing to write: give at least one request")

@@ -1,0 +1,156 @@
+"""The denoiser as it only writes: the same function of the same weights, with no more work a row than that takes.
+
+At a few rows most of a step would go to Python and to small kernels, not to the weights. So on a CPU the network is
+plain objects in a list, its products are laid out beforehand (products.py), and the residual stream, norms, attention
+and its cache stay in float32, which is as fast there for a few rows. On other devices it is the denoiser itself, in bf16
+where that is faster. It learns nothing, and does not follow the denoiser that it was made from.
+"""
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from esolm.attention import Relation, attention
+from esolm.cache import Cache
+from esolm.calibrate import capability
+from esolm.denoiser import Block, Config, Denoiser, rotate
+from esolm.products import Chosen, Dtype, Product, chosen, packed
+
+_Norm = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+def prepared(denoiser: Denoiser, dtype: Dtype = "auto", *, rows: int = 2) -> "Network":
+    """The network for writing, with its products of this dtype.
+
+    `rows` go through it at once: 2 a text in most plans, all of a text's for MDLM. ValueError for a dtype that the
+    device has no product of.
+    """
+    device = denoiser.embed.weight.device
+    dtype = chosen(dtype, device, rows)
+    if device.type == "cpu":
+        return Inference(denoiser, dtype)
+    network = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    return network.to(torch.bfloat16) if dtype == "bfloat16" else network
+
+
+class Inference:
+    """A denoiser's forward pass on a CPU."""
+
+    def __init__(self, denoiser: Denoiser, dtype: Chosen) -> None:
+        self.config, self.dtype = denoiser.config, dtype
+        self.device = torch.device("cpu")
+        kept = {"float32": torch.float32, "float16": torch.float16}.get(dtype, torch.bfloat16)
+        self._embedding = denoiser.embed.weight.detach().to(kept, copy=True)
+        self._angles = torch.stack((denoiser.cos, denoiser.sin), dim=1)
+        self._layers = [_Layer.of(block, dtype) for block in denoiser.blocks if isinstance(block, Block)]
+        self._last = _norm_of(denoiser.norm)
+        self._head = packed(denoiser.head, dtype)
+
+    @property
+    def products(self) -> list[Product]:
+        """Its products in the order in which they run, the head last."""
+        inner = [part for layer in self._layers for part in (layer.qkv, layer.out, layer.up, layer.down)]
+        return [*inner, self._head]
+
+    def __call__(
+        self,
+        tokens: Int64[Tensor, "batch row"],
+        positions: Int64[Tensor, "batch row"],
+        who: Relation,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch row width"]:
+        """As `Denoiser.forward`."""
+        h = F.embedding(tokens, self._embedding).float()
+        cos, sin = self._angles[positions][:, :, None].unbind(3)
+        for number, layer in enumerate(self._layers):
+            q, k, v = self._heads(layer, layer.qkv(self._normed(h, layer.norm1)), cos, sin)
+            if cache is not None:
+                k, v = cache.update(number, k, v)
+            h = h + layer.out(attention(q, k, v, who).transpose(1, 2).flatten(2))
+            up = layer.up(self._normed(h, layer.norm2))
+            if self.config.gated:
+                gate, up = up.chunk(2, dim=-1)
+                h = h + layer.down(F.silu(gate).mul_(up))
+            else:
+                h = h + layer.down(F.gelu(up, approximate="tanh"))
+        return self._normed(h, self._last)
+
+    def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
+        """As `Denoiser.logits`."""
+        return self._head(hidden)
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """As `Denoiser.cache`."""
+        return self.config.cache(batch, capacity, torch.float32, self.device)
+
+    def _heads(self, layer: "_Layer", qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[batch, head, row, dim]`, turned to their places."""
+        config = self.config
+        heads, kv_heads = config.heads, config.num_kv_heads
+        qk, v = qkv.view(*qkv.shape[:2], -1, config.dim).split_with_sizes((heads + kv_heads, kv_heads), 2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split_with_sizes((heads, kv_heads), 2)
+            qk = torch.cat((_rms_normed(q, layer.q_norm, config), _rms_normed(k, layer.k_norm, config)), dim=2)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split_with_sizes((heads, kv_heads), 1)
+        return q, k, v.transpose(1, 2)
+
+    def _normed(self, x: Tensor, norm: _Norm) -> Tensor:
+        weight, bias = norm
+        if self.config.rms_norm:
+            return _rms_normed(x, weight, self.config)
+        return torch.layer_norm(x, weight.shape, weight, bias, self.config.norm_epsilon)
+
+
+Network = Denoiser | Inference
+
+
+def describe(network: Network) -> str:
+    """The kinds of its products, what they read for a step, and what the CPU can do."""
+    if isinstance(network, Denoiser):
+        return f"{network.cos.dtype}".removeprefix("torch.") + f" on {network.cos.device}"
+    kinds = Counter(product.kind for product in network.products)
+    told = " and ".join(f"{number} {kind}" for kind, number in kinds.items())
+    megabytes = sum(product.nbytes for product in network.products) / 1e6
+    return f"{told}, {megabytes:.1f} MB ({capability()}, {torch.get_num_threads()} threads)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The parts of a block."""
+
+    norm1: _Norm
+    qkv: Product
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Product
+    norm2: _Norm
+    up: Product
+    down: Product
+
+    @staticmethod
+    def of(block: Block, dtype: Chosen) -> "_Layer":
+        has = block.config.qk_norm
+        return _Layer(
+            norm1=_norm_of(block.norm1),
+            qkv=packed(block.qkv, dtype),
+            q_norm=_norm_of(block.q_norm)[0] if has else None,
+            k_norm=_norm_of(block.k_norm)[0] if has else None,
+            out=packed(block.out, dtype),
+            norm2=_norm_of(block.norm2),
+            up=packed(block.up, dtype),
+            down=packed(block.down, dtype),
+        )
+
+
+def _norm_of(norm: nn.LayerNorm | nn.RMSNorm) -> _Norm:
+    bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
+    return norm.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def _rms_normed(x: Tensor, weight: Tensor, config: Config) -> Tensor:
+    return torch.rms_norm(x, weight.shape, weight, config.norm_epsilon)
