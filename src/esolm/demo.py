@@ -1,12 +1,13 @@
-"""The demonstration: train a small Eso-LM (B) on Shakespeare, watch it write and fill a gap, leave a page to open.
+"""The demonstration: train a small Eso-LM (B) on Shakespeare, watch it write and fill gaps, leave a page to open.
 
 Everything it does is a call that a user can make: `prepare`, `train`, `load`, `write`, `report.write`. Run again in the
 same folder it goes on from what is there.
 """
 
+import shlex
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,26 +15,26 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from esolm import attention, calibrate, checkpoint, journal, plain, prepare, recipes, report, sample
-from esolm.algorithms import Algorithm, Request, View
-from esolm.algorithms.algorithm import Batch
+from esolm import calibrate, checkpoint, exhibits, journal, prepare, recipes, report, sample
+from esolm.algorithms import Algorithm, Request
 from esolm.data import Loader
 from esolm.denoiser import Denoiser
 from esolm.draw import Draw
 from esolm.model import Model, load
-from esolm.noise import Noise
+from esolm.optim import Optimizer, WeightAverage
 from esolm.sample import Reveal
 from esolm.texts import watching
 from esolm.train import Outcome, Run, learn, train
 
 VOCAB_SIZE = 2048
 ALPHA_0 = 0.125
-PROMPT = "ROMEO:\n"
-GAP = "HAMLET:\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
+SOURCE = prepare.Source(data="shakespeare")
+PROMPT = "KING RICHARD.\n"  # speakers as most of the plays print them
+GAP = "HAMLET.\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
 _NUM_STEPS, _TEMPERATURE = 12, 0.8  # of the texts shown
-_OVERHEAD = 1.1  # of a run over its steps: validation, checkpoints
-_ALLOWED = 1.3  # a run may take this much longer than planned before it is stopped
-_TIMED_TEXTS = 5
+_OVERHEAD = 1.06  # of a run over its steps: validation, checkpoints, the journal
+_ALLOWED = 1.25  # a run may take this much longer than planned before it is stopped
+_TIMED_STEPS, _TIMED_TEXTS = 6, 5
 _SPEEDS_NOTE = (
     "One text of {length} tokens at a time, a token a step, medians of {texts}, drawing included, on this network. "
     "MDLM and the diffusion phase of (A) compute the whole text every step; the others keep keys and values. "
@@ -41,82 +42,135 @@ _SPEEDS_NOTE = (
 )
 
 
-def run(out: Path, *, minutes: float = 6.0, seed: int = 0, console: Console | None = None) -> Path:
+def run(
+    out: Path,
+    *,
+    minutes: float = 6.0,
+    seed: int = 0,
+    console: Console | None = None,
+    recipe: Callable[[Algorithm, int], Run] = recipes.demo,
+    source: prepare.Source = SOURCE,
+    vocab_size: int = VOCAB_SIZE,
+) -> Path:
     """Train for about `minutes` (or go on with what is in `out`), show, and write `out/report.html`; returns it.
 
-    KeyboardInterrupt after Ctrl-C; what was learned is saved and the next call goes on.
+    `recipe` gives the run, whose number of steps is fitted to `minutes`. ValueError for minutes that are not positive;
+    KeyboardInterrupt after Ctrl-C: what was learned is saved, and the next call goes on.
     """
     if not minutes > 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
     console = console or Console()
     began = time.monotonic()
-    _say(console, "Reading Shakespeare")
-    text = prepare.prepare(
-        prepare.Source(data="shakespeare", seed=seed), out / "run", vocab_size=VOCAB_SIZE, console=console
-    )
-    console.print(f"{text.learned.num_tokens:,} tokens to learn from, {text.held_out.num_tokens:,} held out")
-    outcome = _trained(out / "run", text, minutes, seed, console)
+    folder, again = out / "run", f"esolm demo --out {shlex.quote(str(out))}"
+    outcome = _trained(folder, source, recipe, vocab_size, minutes=minutes, seed=seed, console=console)
     if outcome is not None and outcome.interrupted:
-        console.print(f"Stopped at step {outcome.step:,} and saved; run it again to go on.")
+        _tell(console, f"\nStopped at step {outcome.step:,} and saved. Go on with: {again}")
         raise KeyboardInterrupt
-    model = load(out / "run")
-    _say(console, "A text written in two phases: diffusion first, in any order; then the rest, left to right")
-    written = _shown(model, _request(model, seed), console, slower=0.04)
-    _say(console, "Two gaps filled, with what stands on both sides in view")
-    gap = model.gaps(GAP, seed=seed, num_steps=4, temperature=_TEMPERATURE)
-    filled = _shown(model, gap, console, slower=0.12)
-    _say(console, "Speed of the five methods on this network")
-    speeds = _speeds(model, console)
-    page = out / "report.html"
-    report.write(_report(out / "run", model, (written, filled), speeds, seed), page)
-    console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open [bold]{page}[/] in a browser.")
-    console.print(f"Write more with: esolm sample {out / 'run'} --prompt 'JULIET:' --temperature 0.8", highlight=False)
+    try:
+        page = _show(load(folder), out, seed, console)
+    except KeyboardInterrupt:
+        _tell(console, f"\nStopped; the trained model is in {folder}. Go on with: {again}")
+        raise
+    _tell(console, f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
+    _tell(console, f"Write more:    esolm sample {shlex.quote(str(folder))} --prompt 'JULIET.' --temperature 0.8")
+    _tell(console, f"Open the page: {page.resolve()}")
     return page
 
 
-def _trained(folder: Path, text: prepare.Text, minutes: float, seed: int, console: Console) -> Outcome | None:
+def _trained(
+    folder: Path,
+    source: prepare.Source,
+    recipe: Callable[[Algorithm, int], Run],
+    vocab_size: int,
+    *,
+    minutes: float,
+    seed: int,
+    console: Console,
+) -> Outcome | None:
     """Train in the folder, or go on there; None if it is done already."""
-    newest = checkpoint.newest(folder)
-    if newest is not None:
-        settings, _ = prepare.resumed(folder)
-        if checkpoint.load(newest, optimizer=False).step == settings.num_steps:
-            console.print(f"Found a trained model in {folder}; remove it to train another.")
+    if folder.is_dir() and checkpoint.newest(folder) is not None:
+        settings, source = prepare.resumed(folder)
+        step = checkpoint.load(folder, optimizer=False).step
+        if step >= settings.num_steps:
+            _say(console, f"The model in {folder} is trained: it is used again. Remove the folder to train another")
             return None
-    else:
-        settings = replace(recipes.demo(recipes.method("esolm-b", ALPHA_0), text.tokenizer.vocab_size), seed=seed)
-        settings = _fitted(settings, text.training(settings.network.length, seed=seed), minutes)
-        plan = f"{settings.num_steps:,} steps of {settings.batch_size} texts, about {minutes:g} minutes"
-        _say(console, f"Training {plan} (Ctrl-C saves)")
+        _say(console, f"Going on with the run in {folder}, at step {step:,} of {settings.num_steps:,} (Ctrl-C saves)")
+        return _train(settings, folder, prepare.prepare(source, folder, console=console), source, console, resume=True)
+    (folder / journal.FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
+    _say(console, "Reading Shakespeare: learning a vocabulary, turning text into tokens")
+    text = prepare.prepare(source, folder, vocab_size=vocab_size, console=console)
+    _tell(console, f"{text.learned.num_tokens:,} tokens to learn from, {text.held_out.num_tokens:,} held out")
+    settings = replace(recipe(recipes.method("esolm-b", ALPHA_0), text.tokenizer.vocab_size), seed=seed)
+    seconds = _seconds_a_step(settings, text.training(settings.network.length, seed=seed))
+    settings = _fitted(settings, seconds, minutes)
+    plan = f"{settings.num_steps:,} steps of {settings.batch_size} texts, about {minutes:g} minutes"
+    _say(console, f"Training: {plan} (Ctrl-C saves)")
+    return _train(settings, folder, text, source, console, resume=False)
+
+
+def _train(
+    settings: Run, folder: Path, text: prepare.Text, source: prepare.Source, console: Console, *, resume: bool
+) -> Outcome:
     return train(
         settings,
         folder,
         tokenizer=text.tokenizer,
         data=text.training(settings.network.length, seed=settings.seed),
         validation=text.validation(settings.network.length),
-        resume=newest is not None,
-        origin=prepare.Source(data="shakespeare", seed=seed).origin(),
+        resume=resume,
+        origin=source.origin(),
         console=console,
     )
 
 
-def _fitted(settings: Run, data: Loader, minutes: float) -> Run:
-    """The run with as many steps as fit into `minutes` on this machine, measured on a few."""
-    network = Denoiser(settings.network, torch.Generator().manual_seed(0))
-    bf16 = calibrate.bf16_pays(torch.device("cpu"))
-    times = []
-    for step in range(5):
-        began = time.monotonic()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            learn(settings, network, data.batch(step, 0, settings.batch_size, settings.batch_size), step)
-        times.append(time.monotonic() - began)
-    steps = max(20, round(60 * minutes / (_OVERHEAD * statistics.median(times[1:]))))
+def _fitted(settings: Run, seconds: float, minutes: float) -> Run:
+    """The run with as many steps, of so many seconds each, as fit into `minutes`. The schedule of the rate is in shares
+    of the run, so warm-up and decay keep their shape."""
+    steps = max(1, round(60 * minutes / (_OVERHEAD * seconds)))
+    often = max(1, steps // 8)
     return replace(
         settings,
         num_steps=steps,
         minutes=_ALLOWED * minutes,
-        validate_every=max(1, steps // 5),
-        save_every=max(1, steps // 5),
+        log_every=max(1, steps // 150),
+        validate_every=often,
+        save_every=often,
     )
+
+
+def _seconds_a_step(settings: Run, data: Loader) -> float:
+    """Median time of an update, of a network that is thrown away; the first ones warm up."""
+    network = Denoiser(settings.network, torch.Generator().manual_seed(0))
+    optimizer, average = Optimizer(network, settings.optim), WeightAverage(network)
+    bf16 = calibrate.bf16_pays(torch.device("cpu"))
+    times = []
+    for step in range(_TIMED_STEPS + 1):
+        began = time.monotonic()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            learn(settings, network, data.batch(step, 0, settings.batch_size, settings.batch_size), step)
+        optimizer.clip()
+        optimizer.update(settings.optim.schedule.rate(step, settings.num_steps))
+        average.update(step + 1)
+        times.append(time.monotonic() - began)
+    return statistics.median(times[1:])
+
+
+def _show(model: Model, out: Path, seed: int, console: Console) -> Path:
+    """Write before the reader's eyes, time the methods, and leave the page, and its first text as a picture."""
+    _say(console, "A text written in two phases: diffusion first, in any order; then the rest, left to right")
+    written = _shown(model, _request(model, seed), console, slower=0.04)
+    _say(console, "Two gaps filled, with what stands on both sides in view")
+    gaps = model.gaps(GAP, seed=seed, num_steps=4, temperature=_TEMPERATURE)
+    filled = _shown(model, gaps, console, slower=0.12)
+    _say(console, "Speed of the five methods on this network")
+    speeds = _speeds(model, console)
+    _say(console, "Two more texts, and the page")
+    more = model.complete([replace(_request(model, seed), seed=seed + number) for number in (1, 2)])
+    page = out / "report.html"
+    shown = _report(out / "run", model, (written, filled), speeds, more)
+    report.write(shown, page)
+    (out / "writing.svg").write_text(_stills(shown.replays[0]), encoding="utf-8")
+    return page
 
 
 def _request(model: Model, seed: int) -> Request:
@@ -126,9 +180,9 @@ def _request(model: Model, seed: int) -> Request:
 def _shown(model: Model, request: Request, console: Console, *, slower: float) -> tuple[Request, list[Reveal]]:
     """Write a text before the reader's eyes; returns what was revealed."""
     reveals = []
-    with watching(model, request, live=True, console=console, slower=slower if console.is_terminal else 0.0) as watch:
+    with watching(model, request, live=True, console=console, slower=slower if console.is_terminal else 0.0) as view:
         for reveal in model.write([request]):
-            watch.reveal(reveal)
+            view.reveal(reveal)
             reveals.append(reveal)
     return request, reveals
 
@@ -136,12 +190,11 @@ def _shown(model: Model, request: Request, console: Console, *, slower: float) -
 def _speeds(model: Model, console: Console) -> tuple[report.Speed, ...]:
     """Median time of a text of each method, one at a time, through the sampler that users run. Weights do not change a
     speed, so the same network serves all."""
-    length = model.length
     timed: dict[str, list[float]] = {name: [] for name in recipes.METHODS}
     nfe = dict.fromkeys(timed, 0)
     turns = [(name, turn) for turn in range(_TIMED_TEXTS + 1) for name in timed]
     for name, turn in track(turns, description="timing", console=console, transient=True):
-        request = Request(length=length, seed=turn, stop_at_end=False, draw=Draw(temperature=1.0))
+        request = Request(length=model.length, seed=turn, stop_at_end=False, draw=Draw(temperature=1.0))
         began = time.perf_counter()
         (done,) = sample.complete(model.writer, recipes.method(name), [request])
         if turn:  # the first warms up
@@ -150,8 +203,11 @@ def _speeds(model: Model, console: Console) -> tuple[report.Speed, ...]:
     rows = []
     for name, times in timed.items():
         middle = statistics.median(times)
-        rows.append(report.Speed(model=name, seconds=middle, tokens_per_second=length / middle, nfe=nfe[name]))
-        console.print(f"  {name:8} {length / middle:8,.0f} tokens/s", highlight=False)
+        row = report.Speed(
+            model=exhibits.NAMES[name], seconds=middle, tokens_per_second=model.length / middle, nfe=nfe[name]
+        )
+        rows.append(row)
+        _tell(console, f"  {row.model:10} {row.tokens_per_second:8,.0f} tokens/s")
     return tuple(rows)
 
 
@@ -160,73 +216,40 @@ def _report(
     model: Model,
     shown: tuple[tuple[Request, list[Reveal]], ...],
     speeds: tuple[report.Speed, ...],
-    seed: int,
+    more: list[sample.Written],
 ) -> report.Report:
-    entries = journal.read(folder)
     titles = (
         (
             "A text, written in two phases",
-            "Drag the slider, or press play. Diffusion writes a share of the tokens, many at once; then the rest is "
-            "filled in from left to right, reading everything that is there, left and right.",
+            "Drag the slider, or press Play. Diffusion writes a share of the tokens, many at once; then the rest is "
+            "filled in from left to right, reading everything that is there, before it and after it.",
         ),
         ("Gaps, filled", "The given words stand fast. The model sees both sides of each gap."),
     )
-    replays = tuple(_replay(model, *words, *text) for words, text in zip(titles, shown, strict=True))
-    more = [replace(_request(model, seed), seed=seed + number) for number in (1, 2)]
-    length, threads = model.length, torch.get_num_threads()
+    replays = (exhibits.replay(model, *words, *text) for words, text in zip(titles, shown, strict=True))
+    machine = f"{calibrate.capability()}, {torch.get_num_threads()} threads"
     return report.Report(
         title="esolm: a small model of Shakespeare",
         intro="An Eso-LM (B) trained on this machine: a language model between diffusion and autoregression.",
-        facts=(*model.info().items(), ("machine", f"{calibrate.capability()}, {threads} threads")),
-        replays=replays,
-        curves=tuple(_curves(entries)),
+        facts=(*model.info().items(), ("machine", machine)),
+        replays=tuple(replays),
+        curves=tuple(exhibits.curves(journal.read(folder))),
         speeds=speeds,
-        speeds_note=_SPEEDS_NOTE.format(length=length, texts=_TIMED_TEXTS),
-        pictures=tuple(_pictures()),
-        samples=tuple(model.tokenizer.decode(text.tokens.tolist()) for text in model.complete(more)),
+        speeds_note=_SPEEDS_NOTE.format(length=model.length, texts=_TIMED_TEXTS),
+        pictures=tuple(exhibits.pictures()),
+        samples=tuple(model.tokenizer.decode(text.tokens.tolist()) for text in more),
     )
 
 
-def _replay(model: Model, title: str, caption: str, request: Request, reveals: list[Reveal]) -> report.Replay:
-    tokens = dict(request.given)
-    for reveal in reveals:
-        tokens.update(zip(reveal.positions, reveal.tokens, strict=True))
-    end_id = model.tokenizer.end_id
-    pieces = [model.tokenizer.decode([tokens.get(p, end_id)]) for p in range(request.length)]
-    ends = (p for p in range(request.length) if tokens.get(p, end_id) == end_id and p not in request.given)
-    return report.replay_of(title, caption, pieces, reveals, end=next(ends, request.length))
-
-
-def _curves(entries: list[dict[str, object]]) -> Iterator[report.Curve]:
-    for name, keys in (("training", ("loss",)), ("validation", ("validation", "validation_error"))):
-        points = [
-            (float(entry["step"]), *(float(entry[key]) for key in keys))  # type: ignore[arg-type]
-            for entry in entries
-            if keys[0] in entry
-        ]
-        if points:
-            yield report.Curve(name=name, points=tuple(points))
-
-
-def _pictures() -> Iterator[report.Picture]:
-    """The rule, drawn for a text of eight tokens as each method sees it in training."""
-    batch = Batch.of(torch.zeros(1, 8, dtype=torch.int64))
-    noise = Noise(seed=3, step=0, start=0, stop=1, total=1)
-    for name in recipes.METHODS:
-        algorithm: Algorithm = recipes.method(
-            name, alpha_0=0.5 if name.startswith("esolm") else None, block_size=4 if name == "bd3lm" else None
-        )
-        for view in algorithm.bound(batch, noise, mask_id=1):
-            yield _picture(algorithm, view)
-
-
-def _picture(algorithm: Algorithm, view: View) -> report.Picture:
-    rows = attention.picture(view.stage[0], view.public[0]).split("\n")
-    masks = int((view.tokens[0] == 1).sum())
-    kind = plain.to_plain(algorithm).get("variant", "")
-    name = f"{type(algorithm).__name__} {f'({kind})' if kind else ''}".strip()
-    return report.Picture(name=name, caption=f"{view.term}: {len(rows)} rows, {masks} of them masks", rows=tuple(rows))
+def _stills(replay: report.Replay) -> str:
+    """The text at four stages: half of diffusion, all of it, half of the rest, all."""
+    by_diffusion, steps = sum(step.phase == "diffusion" for step in replay.steps), len(replay.steps)
+    return report.stills(replay, (by_diffusion // 2, by_diffusion, (by_diffusion + steps) // 2, steps))
 
 
 def _say(console: Console, words: str) -> None:
     console.print(f"\n[bold]{words}[/]", highlight=False)
+
+
+def _tell(console: Console, words: str) -> None:
+    console.print(words, highlight=False, markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import track
@@ -51,17 +51,37 @@ def watching(model: Model, request: Request, *, live: bool, console: Console, sl
 
 
 def as_json(model: Model, requests: Sequence[Request], path: Path | None, *, console: Console) -> None:
-    """Write texts, a few together, as JSON lines to a file or to standard output, each as soon as it is done."""
-    file = sys.stdout if path is None else path.open("w", encoding="utf-8")
+    """Write texts, a few together, as JSON lines to a file or to standard output, each as soon as it is done.
+
+    Ctrl-C leaves the lines of the finished texts. ValueError, before anything is written by the model, for a file that
+    cannot be made or holds something already.
+    """
+    file = sys.stdout if path is None else _opened(path)
+    done = 0
     try:
         for record in track(
             _records(model, requests), description="writing", total=len(requests), console=console, transient=True
         ):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
+            done += 1
+    except KeyboardInterrupt:
+        place = "" if path is None else f" and kept in {path}"
+        console.print(f"{done} of {len(requests)} texts are finished{place}", highlight=False, markup=False)
+        raise
     finally:
         if path is not None:
             file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    """A new file, or one that is empty; never one with something in it."""
+    if path.is_file() and path.stat().st_size:
+        raise ValueError(f"{path} exists already and would be lost: remove it, or choose another file")
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as problem:
+        raise ValueError(f"cannot write to {path}: {(problem.strerror or str(problem)).lower()}") from None
 
 
 def _records(model: Model, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
