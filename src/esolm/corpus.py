@@ -3,8 +3,9 @@
     documents("books/")      every file below, sorted        documents("hf:roneneldan/TinyStories")     streamed
     documents("play.txt")    one document, or one between form feeds     pairs("qa.jsonl", prompt="question")
 
-Everything is read as it is asked for, so a file may be larger than memory if its documents are not. It yields text;
-tokens are another file's.
+Everything is read as it is asked for, so a file may be larger than memory if its documents are not; only an array of
+JSON, and Parquet packed once more, are held whole. A text is what the file says: line breaks stay as they are. It
+yields text; tokens are another file's.
 """
 
 import bz2
@@ -14,6 +15,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -36,17 +38,27 @@ class DataError(ValueError):
     """A text is missing, empty, damaged or in another form. The message names the place and what to do."""
 
 
-def documents(source: str | Path, *, field: str = "text", separator: str | None = None) -> Iterator[str]:
+class Meter:
+    """How far a source has been read, in bytes as they lie on disk. `total` is None for a named data set."""
+
+    def __init__(self, source: str | Path) -> None:
+        self.read = 0
+        self.total = None if _is_named(source) else sum(path.stat().st_size for path in _paths(Path(source)))
+
+
+def documents(
+    source: str | Path, *, field: str = "text", separator: str | None = None, meter: Meter | None = None
+) -> Iterator[str]:
     """Texts of a source, empty ones left out.
 
     `field` is the text's name in JSON, Parquet and data sets; `separator` stands between the documents of a plain file
-    (form feeds, if None). Line breaks around a separator belong to it. DataError for a source without text, and for
-    one that is absent or broken.
+    (form feeds, if None). Line breaks around a separator belong to it. `meter` is told how far the files are read.
+    DataError for a source without text, and for one that is absent or broken.
     """
     if separator == "":
         raise ValueError("separator must not be empty: leave it out for form feeds")
     found = False
-    for (text,) in _records(source, (field,), separator or PAGE):
+    for (text,) in _records(source, (field,), separator or PAGE, meter):
         if text.strip():
             found = True
             yield text
@@ -54,10 +66,12 @@ def documents(source: str | Path, *, field: str = "text", separator: str | None 
         raise DataError(f"there is no text in {source}: every document is empty")
 
 
-def pairs(source: str | Path, *, prompt: str = "prompt", answer: str = "answer") -> Iterator[tuple[str, str]]:
+def pairs(
+    source: str | Path, *, prompt: str = "prompt", answer: str = "answer", meter: Meter | None = None
+) -> Iterator[tuple[str, str]]:
     """Prompts and answers of JSON, Parquet or a data set, pairs with an empty answer left out. DataError."""
     found = False
-    for question, reply in _records(source, (prompt, answer), None):
+    for question, reply in _records(source, (prompt, answer), None, meter):
         if reply.strip():
             found = True
             yield question, reply
@@ -80,14 +94,14 @@ def fingerprint(source: str | Path) -> str:
     Empty for a named data set, and for files that are not there, since there is nothing to compare.
     """
     path = Path(source)
-    if str(source).startswith(_HUB) or not path.exists():
+    if _is_named(source) or not os.path.lexists(path):
         return ""
     digest = hashlib.sha256()
     for file in _paths(path):
-        name = file.relative_to(path) if path.is_dir() else file.name
-        size = file.stat().st_size
-        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        with file.open("rb") as content:
+        name = str(file.relative_to(path)) if file != path else file.name
+        with _named(file), file.open("rb") as content:
+            size = os.fstat(content.fileno()).st_size
+            digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
             digest.update(content.read(_CHUNK))
             content.seek(max(0, size - _CHUNK))
             digest.update(content.read(_CHUNK))
@@ -103,38 +117,70 @@ class _Reader(Protocol):
     def __iter__(self) -> Iterator[bytes]: ...
 
 
-def _records(source: str | Path, names: tuple[str, ...], separator: str | None) -> Iterator[tuple[str, ...]]:
+def _records(
+    source: str | Path, names: tuple[str, ...], separator: str | None, meter: Meter | None
+) -> Iterator[tuple[str, ...]]:
     """The named fields of every record; a plain text has one field, itself."""
-    if str(source).startswith(_HUB):
+    if _is_named(source):
         yield from _data_set(str(source)[len(_HUB) :], names)
         return
+    done = 0
     for path in _paths(Path(source)):
-        kind = next((end.lower() for end in reversed(path.suffixes) if end.lower() not in (*_PACKED, ".zst")), "")
-        with _named(path), _opened(path) as file:
-            if kind == ".parquet":
-                yield from _parquet(file, path, names)
-            elif kind in _JSON:
-                for place, record in _json(file, path, array=kind == ".json"):
-                    yield _fields(record, names, place)
-            elif separator is None:
-                raise DataError(f"{path} is plain text; prompts and answers come as JSON lines or Parquet")
-            else:
-                yield from ((text,) for text in _separated(_decoded(file, path), separator))
+        with _named(path), _opened(path) as (raw, file):
+            for record in _of_file(file, path, names, separator):
+                if meter is not None:
+                    meter.read = done + raw.tell()
+                yield record
+            done += raw.seek(0, io.SEEK_END)
+    if meter is not None:
+        meter.read = done
 
 
-def _paths(path: Path) -> Iterator[Path]:
-    """A file, or every file below a folder that is not hidden, sorted."""
-    if path.is_dir():
-        below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        inside = sorted(p for p in below if p.is_file())
-        if not inside:
-            raise DataError(f"there is no file in the folder {path}")
-        yield from inside
-    elif path.exists():
-        yield path
+def _of_file(file: _Reader, path: Path, names: tuple[str, ...], separator: str | None) -> Iterator[tuple[str, ...]]:
+    """The records of one file, whose form its name tells."""
+    kind = next((end.lower() for end in reversed(path.suffixes) if end.lower() not in (*_PACKED, ".zst")), "")
+    if kind == ".parquet":
+        yield from _parquet(file, path, names)
+    elif kind in _JSON:
+        for place, record in _json(file, path, array=kind == ".json"):
+            yield _fields(record, names, place)
+    elif separator is None:
+        raise DataError(f"{path} is plain text; prompts and answers come as JSON lines or Parquet")
     else:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"there is no file {path}{nearest(path.name, near)}")
+        yield from ((text,) for text in _separated(_decoded(file, path), separator))
+
+
+def _is_named(source: str | Path) -> bool:
+    return str(source).startswith(_HUB)
+
+
+def _paths(path: Path) -> list[Path]:
+    """A file, or every file below a folder that is not hidden, sorted. Links to folders are not followed."""
+    with _named(path):
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = sorted(_below(path))
+            if not found:
+                raise DataError(f"there is no file in the folder {path}")
+            return found
+        if path.exists():
+            raise DataError(f"{path} is neither a file nor a folder: put the text into a file, which can be read twice")
+        near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise DataError(f"there is no file {path}{nearest(path.name, near)}")
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """Files below a folder that are not hidden. A link that leads nowhere is among them, since its text is missing."""
+
+    def refuse(problem: OSError) -> None:
+        raise DataError(f"cannot read {problem.filename}: {problem.strerror}")
+
+    for folder, inner, names in os.walk(path, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for file in (Path(folder, name) for name in names if not name.startswith(".")):
+            if file.is_file() or not file.exists():
+                yield file
 
 
 @contextmanager
@@ -143,53 +189,54 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        damage: list[type[Exception]] = [OSError, EOFError, lzma.LZMAError, zlib.error]
+        damage: list[type[Exception]] = [OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError]
         for module, error in (("zstandard", "ZstdError"), ("pyarrow", "ArrowException")):
-            if module in sys.modules:
-                damage.append(getattr(sys.modules[module], error))
+            if (loaded := sys.modules.get(module)) is not None:
+                damage.append(getattr(loaded, error))
         if not isinstance(problem, tuple(damage)):
             raise
-        raise DataError(f"cannot read {path}: {problem}") from None
+        told = problem.strerror if isinstance(problem, OSError) and problem.strerror else problem
+        raise DataError(f"cannot read {path}: {told}") from None
 
 
-def _opened(path: Path) -> Any:
-    """A file of bytes, unpacked as it is read."""
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[io.FileIO, Any]]:
+    """The bytes of a file as they lie on disk, and the same unpacked as they are read."""
     suffix = path.suffix.lower()
-    if suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path), _CHUNK)
-    opener: Any = _PACKED.get(suffix, open)
-    return opener(path, "rb")
+    with path.open("rb", buffering=0) as raw:
+        buffered = io.BufferedReader(raw, _CHUNK)
+        if suffix == ".zst":
+            yield raw, io.BufferedReader(_Zstandard(buffered, path), _CHUNK)
+        else:
+            unpacked: Any = _PACKED.get(suffix, lambda file: file)
+            yield raw, unpacked(buffered)
 
 
 class _Zstandard(io.RawIOBase):
     """Frames of a .zst file, one after the other. The library's own reader takes a file that is cut off for whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: _Reader, path: Path) -> None:
         try:
             import zstandard
         except ImportError:
             raise DataError(f"{path} needs zstandard: pip install 'esolm[data]'") from None
-        self._file = path.open("rb")
+        self._file = file
         self._decompressor = zstandard.ZstdDecompressor()
         self._frame: Any = None
-        self._packed, self._ready = b"", b""
+        self._packed, self._ready = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
     def readinto(self, buffer: Any, /) -> int:
         while not self._ready:
-            packed = self._packed or self._file.read(2**16)
+            packed = self._packed or self._file.read(2**14)
             if not packed and self._frame is not None:
                 raise EOFError("the file is cut off")
             if not packed:
                 return 0
             self._frame = self._frame or self._decompressor.decompressobj()
-            self._ready = self._frame.decompress(packed)
+            self._ready = memoryview(self._frame.decompress(packed))
             self._packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
@@ -247,8 +294,9 @@ def _parsed(data: bytes, place: str) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as problem:
-        raise DataError(_not_utf8(place, data[problem.start], problem.start)) from None
-    except (json.JSONDecodeError, RecursionError) as problem:
+        start = len(data) - len(problem.object) + problem.start  # a byte order mark is left out of the object
+        raise DataError(_not_utf8(place, data[start], start)) from None
+    except (ValueError, RecursionError) as problem:  # a number of very many digits is a ValueError
         raise DataError(f"{place} is not JSON: {problem}; a line holds one whole object") from None
 
 
@@ -269,12 +317,12 @@ def _parquet(file: _Reader, path: Path, names: tuple[str, ...]) -> Iterator[tupl
 
 
 def _data_set(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """`NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` of the `datasets` library, streamed."""
+    """`NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` of the `datasets` library, streamed. A name may be a folder."""
     try:
         import datasets
     except ImportError:
         raise DataError(f"{_HUB}{name} needs the datasets library: pip install 'esolm[data]'") from None
-    title, config, split = [*name.split(":", 2), "", ""][:3]
+    title, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
     try:
         stream = datasets.load_dataset(title, config or None, split=split or "train", streaming=True)
         for number, record in enumerate(stream, 1):
