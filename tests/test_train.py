@@ -14,10 +14,11 @@ from esolm import checkpoint, journal
 from esolm import train as train_module
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
 from esolm.algorithms.algorithm import Batch
-from esolm.data import Loader, tokenize, tokenize_pairs
+from esolm.data import Loader
 from esolm.denoiser import Config, Denoiser
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
+from esolm.shards import tokenize, tokenize_pairs
 from esolm.tokenizer import Tokenizer
 from esolm.train import Diverged, Run, learn, train
 
