@@ -6,7 +6,8 @@ A source is recorded in every checkpoint, so that `--resume` needs the run's fol
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from typing import Any
 from rich.console import Console
 
 from esolm import checkpoint, corpus, plain
-from esolm.data import Loader, TokenData, tokenize, tokenize_pairs
+from esolm.corpus import Meter
+from esolm.data import Loader
 from esolm.denoiser import Config
+from esolm.shards import TokenData, tokenize, tokenize_pairs
 from esolm.tokenizer import Tokenizer
 from esolm.train import Run
 
 _BYTES = 258  # ids of a byte tokenizer: 256 bytes, end-of-text, mask
-_LEARNED_FROM = 20_000  # documents that a new tokenizer is trained on at most
+_LEARNED_FROM = 10**8  # characters that a new tokenizer is trained on at most
+_PART = 2**20  # characters of a document that it is shown at once: the library holds 256 of them
 _SHIPPED = ("shakespeare",)
 
 
@@ -38,20 +42,32 @@ class Source:
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
             raise ValueError(f"validation is the share held out and must lie in (0, 1), got {self.validation}")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.data):
+            raise ValueError(f"the name {self.data!a} is not UTF-8, so that no checkpoint could hold it: rename it")
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, meter: Meter | None = None) -> Iterator[str]:
         """Whole texts. For pairs, prompt and answer one after the other."""
         if self.pairs:
-            return itertools.chain.from_iterable(self.question_and_answer())
-        return corpus.documents(located(self.data), field=self.field or "text")
+            return itertools.chain.from_iterable(self.question_and_answer(meter))
+        return corpus.documents(located(self.data), field=self.first_field, meter=meter)
 
-    def question_and_answer(self) -> Iterator[tuple[str, str]]:
-        return corpus.pairs(located(self.data), prompt=self.field or "prompt", answer=self.answer)
+    def question_and_answer(self, meter: Meter | None = None) -> Iterator[tuple[str, str]]:
+        return corpus.pairs(located(self.data), prompt=self.first_field, answer=self.answer, meter=meter)
+
+    @property
+    def first_field(self) -> str:
+        """The field of the text, or of the prompt."""
+        return self.field or ("prompt" if self.pairs else "text")
 
     def origin(self) -> dict[str, Any]:
         """What a checkpoint records, to be read by `resumed`."""
         data: dict[str, Any] = plain.to_plain(self)
         return data
+
+    def text(self) -> dict[str, Any]:
+        """What of it decides on the tokens: which are held out, and by what seed, does not."""
+        fields = [self.first_field, self.answer] if self.pairs else [self.first_field]
+        return {"data": self.data, "pairs": self.pairs, "fields": fields}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +108,45 @@ def tokens(
     console: Console | None = None,
 ) -> tuple[Tokenizer, TokenData]:
     """Tokenize a source into `folder/data`, with the tokenizer given, or the one already in the folder, or a BPE of
-    `vocab_size` learned from the source (258: bytes). What is there already is used again. DataError for bad input."""
+    `vocab_size` learned from the source (258: bytes). What is there already is used again, unless the text has changed.
+    DataError for bad input."""
     kept = folder / "tokenizer.json"
-    if tokenizer is None and kept.exists():
-        tokenizer = Tokenizer.load(kept)
     if tokenizer is None:
-        texts = itertools.islice(source.documents(), _LEARNED_FROM)
-        tokenizer = Tokenizer.bytes() if vocab_size == _BYTES else Tokenizer.train(texts, vocab_size)
-    name = plain.render(source.origin())
+        tokenizer = Tokenizer.load(kept) if kept.exists() else _learned(source, vocab_size, console)
+    place = located(source.data)
+    meter = Meter(place) if not (folder / "data").exists() else None
+    options: dict[str, Any] = {
+        "source": plain.render(source.text()),
+        "fingerprint": corpus.fingerprint(place),
+        "console": console,
+        "meter": meter,
+    }
     if source.pairs:
-        pairs = source.question_and_answer()
-        data = tokenize_pairs(pairs, tokenizer, folder / "data", source=name, console=console)
+        data = tokenize_pairs(source.question_and_answer(meter), tokenizer, folder / "data", **options)
     else:
-        data = tokenize(source.documents(), tokenizer, folder / "data", source=name, console=console)
+        data = tokenize(source.documents(meter), tokenizer, folder / "data", **options)
     tokenizer.save(kept)
     return tokenizer, data
+
+
+def _learned(source: Source, vocab_size: int, console: Console | None) -> Tokenizer:
+    """Bytes, or a BPE learned from the beginning of a source."""
+    if vocab_size == _BYTES:
+        return Tokenizer.bytes()
+    with nullcontext() if console is None else console.status(f"learning a vocabulary of {vocab_size:,} from the text"):
+        return Tokenizer.train(_beginning(source.documents()), vocab_size)
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    """The first `_LEARNED_FROM` characters of some texts, in parts."""
+    left = _LEARNED_FROM
+    for text in texts:
+        for at in range(0, len(text), _PART):
+            part = text[at : at + min(_PART, left)]
+            yield part
+            left -= len(part)
+            if not left:
+                return
 
 
 def located(data: str) -> str | Path:

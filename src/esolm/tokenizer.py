@@ -8,6 +8,7 @@ library does the work; this file adds the two special ids and errors that teach.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -114,8 +115,14 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `to_json` to a file, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".saving-{path.name}-{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @property
     def vocab_size(self) -> int:
