@@ -70,7 +70,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 3, warn: Wa
 
     Afterwards the newest `keep` steps remain (None: all). Steps beyond this one, of a run since resumed
     from here, are set aside as `abandoned-step-...`. Raises SaveError when the disk is full or refuses, with
-    everything saved before still there, and ValueError when `config` or `state` is not plain data.
+    everything saved before still there, and ValueError when `config` or `state` is not plain data or something
+    else could be written but not loaded.
     """
     if keep is not None and keep < 1:
         raise ValueError(f"keep must be at least 1 (or None to keep all), got {keep}")
@@ -87,6 +88,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int | None = 3, warn: Wa
             _make_folder(folder)
             _recover(folder)
             _write(temporary, checkpoint, texts)
+            _refuse_unreadable(temporary)
             _publish(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +107,9 @@ def load(path: Path, *, optimizer: bool = True, digests: bool = True, warn: Warn
     from the files, so memory fills as they are used. Raises CheckpointError.
     """
     path = Path(path)
-    if not is_step(path):
+    with _told_as_checkpoint_error(path):
+        one = is_step(path)
+    if not one:
         found = newest(path, warn=warn)
         if found is None:
             raise CheckpointError(f"no checkpoint in {path}; expected a folder like step-000001000 in it")
@@ -122,10 +126,12 @@ def newest(folder: Path, *, warn: Warn = warnings.warn) -> Path | None:
     when `folder` is not a folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint at {folder}; there is no such folder")
+    with _told_as_checkpoint_error(folder):
+        if not folder.is_dir():
+            raise CheckpointError(f"no checkpoint at {folder}; there is no such folder")
+        steps = _steps(folder)
     damaged = []
-    for path in reversed(_steps(folder)):
+    for path in reversed(steps):
         try:
             verify(path)
         except CheckpointError as error:
@@ -215,12 +221,23 @@ def _write(folder: Path, checkpoint: Checkpoint, texts: dict[str, str]) -> None:
     if checkpoint.optim:
         groups["optim/shard-00000.safetensors"] = checkpoint.optim
     folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    usual = (folder / "config.json").stat().st_mode
     for name, tensors in groups.items():
         (folder / name).parent.mkdir(exist_ok=True)
         save_file(_own_storage(tensors), folder / name)
-    for name, text in texts.items():
-        (folder / name).write_bytes(text.encode())
+        (folder / name).chmod(usual)  # the library lets nobody else read its files
     seal.seal(folder, [*groups, *texts], step=checkpoint.step)
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """ValueError for what `load` would refuse: better told now than when it is needed."""
+    try:
+        _check(folder, digests=False)
+        _texts(folder)
+    except ValueError as error:
+        raise ValueError(f"a checkpoint of this could not be loaded: {error}") from error
 
 
 def _own_storage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -267,6 +284,8 @@ def _prune(folder: Path, step: int, keep: int | None) -> None:
 def _told_as_checkpoint_error(path: Path) -> Iterator[None]:
     try:
         yield
+    except CheckpointError:
+        raise
     except seal.SealError as error:
         raise CheckpointError(str(error)) from error
     except (OSError, SafetensorError, ValueError) as error:
@@ -302,10 +321,16 @@ def _read(folder: Path, manifest: dict[str, Any], *, optimizer: bool) -> Checkpo
         model=load_file(folder / "model.safetensors"),
         ema=load_file(folder / "ema.safetensors") if has_average else None,
         optim=optim,
-        config=_object(folder / "config.json"),
-        tokenizer_json=seal.text(folder / "tokenizer.json", limit=_TEXT_LIMIT),
-        state=_object(folder / "state.json"),
+        **_texts(folder),
     )
+
+
+def _texts(folder: Path) -> dict[str, Any]:
+    return {
+        "config": _object(folder / "config.json"),
+        "tokenizer_json": seal.text(folder / "tokenizer.json", limit=_TEXT_LIMIT),
+        "state": _object(folder / "state.json"),
+    }
 
 
 def _object(path: Path) -> dict[str, Any]:

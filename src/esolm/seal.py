@@ -90,16 +90,10 @@ _MANIFEST_LIMIT = 2**20
 _HEADER_LIMIT = 4 * 2**20  # about 25,000 tensors; a header is parsed in Python, so this bounds the time
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "I16": 16,
-    "I32": 32,
-    "I64": 64,
-    "BF16": 16,
-    "F16": 16,
-    "F32": 32,
-    "F64": 64,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 
 
