@@ -1,16 +1,19 @@
 """The command line: help at once, the right exit code, and one clear line for every mistake."""
 
+import errno
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from esolm import cli
+from esolm import checkpoint, cli
 from esolm.cli import writing
+from esolm.tokenizer import Tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog and runs away. " * 60
 SMALL = ("network.width=32", "network.layers=1", "network.heads=2", "network.length=32", "batch_size=4", "log_every=1")
@@ -59,7 +62,34 @@ def test_help_answers_within_half_a_second_without_torch(name):
         assert done.returncode == 0 and "usage: esolm" in done.stdout
     assert min(times) < 0.5
     if name:
-        assert f"esolm {name} " in done.stdout and "In Python: " in done.stdout
+        assert f"esolm {name}" in done.stdout and "In Python:\n" in done.stdout
+        assert "None" not in done.stdout.replace("NoneType", "") and "(default: )" not in done.stdout
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_fits_the_terminal(monkeypatch, run, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in cli._COMMANDS:
+        out, _ = run(name, "--help")
+        told = out.partition("╭")[2] or out
+        assert max(map(len, told.splitlines())) <= width
+    out, _ = run("--help")
+    assert max(map(len, out.splitlines())) <= width and all(f"  {name} " in out for name in cli._COMMANDS)
+
+
+def test_help_is_a_command_too_and_nothing_is_answered_with_it(run):
+    assert run("help") == run("--help") == run(code=2)
+    assert run("help", "sample") == run("sample", "--help")
+
+
+def test_settings_are_listed_as_set_takes_them(run, trained, tmp_path):
+    out, _ = run("train", "--model", "bd3lm", "--set", "help")
+    keys = dict(line.split("=", 1) for line in out.splitlines())
+    assert keys["algorithm.block_size"] == "16" and keys["optim.schedule.peak"] == "0.001"
+    own = ("seed", "minutes", "network.vocab_size")
+    settings = [line for line in out.splitlines() if line.partition("=")[0] not in own]
+    text = trained.parent / "text.txt"
+    run("train", "--data", text, "--out", tmp_path / "new", "--minutes", 0, "--set", *settings, code=2)
 
 
 def test_the_module_is_the_command():
@@ -69,7 +99,7 @@ def test_the_module_is_the_command():
 
 def test_a_run_is_trained_resumed_and_continued(run, trained, tmp_path):
     assert (trained / "step-000000003").is_dir()
-    run("train", "--resume", "--out", trained)
+    run("train", "--resume", "--minutes", 5, "--out", trained)
     out = tmp_path / "next"
     text = trained.parent / "text.txt"
     run("train", "--from", trained, "--data", text, "--out", out, "--set", "num_steps=1", "batch_size=4")
@@ -99,8 +129,29 @@ def test_models_are_measured_told_about_and_checked(run, trained):
     out, _ = run("evaluate", trained, *data)
     assert "NELBO" in out and "bits/byte" in out
     out, _ = run("info", trained)
-    assert "EsoLM" in out and "3 of 3 steps" in out
-    run("verify", trained)
+    assert "EsoLM" in out and "3 of 3 steps" in out and "text.txt" in out
+    out, _ = run("info", trained, "--json")
+    assert json.loads(out)["step"] == 3 and json.loads(out)["network"]["width"] == 32
+    _, told = run("verify", trained)
+    assert "step-000000003 is whole" in told
+
+
+def test_every_step_of_a_run_is_checked(run, trained, tmp_path):
+    for step, good in ((1, True), (2, False), (3, True)):
+        folder = tmp_path / f"step-{step:09d}"
+        shutil.copytree(trained / "step-000000003", folder)
+        if not good:
+            (folder / "config.json").write_text("{}")
+    _, told = run("verify", tmp_path, code=3)
+    assert "step-000000001 is whole" in told and "step-000000002/config.json is damaged" in told
+
+
+def test_a_step_that_is_passed_over_is_told_of_in_one_line(run, trained, tmp_path):
+    for step in (3, 4):
+        shutil.copytree(trained / "step-000000003", tmp_path / f"step-{step:09d}")
+    (tmp_path / "step-000000004" / "model.safetensors").write_bytes(b"")
+    _, told = run("sample", tmp_path)
+    assert re.fullmatch("esolm: warning: .*is damaged.*; falling back to step-000000003\n", told)
 
 
 def test_text_is_tokenized(run, tmp_path):
@@ -118,7 +169,16 @@ def test_pairs_are_trained_on(run, tmp_path):
 
 MISTAKES = [
     ("smaple RUN", 2, "did you mean 'sample'"),
-    ("sample RUN --promt x", 2, "--prompt"),
+    ("--verison", 2, "did you mean '--version'"),
+    ("sample", 2, "missing CHECKPOINT; see esolm sample --help"),
+    ("infill", 2, "missing CHECKPOINT and TEXT"),
+    ("tokenize TEXT", 2, "missing --out PATH"),
+    ("sample RUN more", 2, "there is no place for more"),
+    ("sample RUN --promt x", 2, "there is no option --promt; did you mean '--prompt'"),
+    ("sample RUN --num", 2, "--num needs a value"),
+    ("sample RUN --num x", 2, "--num: expected a whole number, got 'x'"),
+    ("sample RUN --alpha-0 x", 2, "--alpha-0: expected a number, got 'x'"),
+    ("sample RUN --dtype fp16", 2, "--dtype is one of auto, float32.*did you mean 'float16'"),
     ("sample RUN --alpha-0 1.5", 2, r"alpha_0 must lie in \[0, 1\]"),
     ("sample RUN --num-steps 0", 2, "num_steps must be at least 1"),
     ("sample RUN --length 33", 2, "longer than the model's 32"),
@@ -126,29 +186,53 @@ MISTAKES = [
     ("sample RUN --top-p 0", 2, "top_p must lie in"),
     ("sample RUN --temperature -1", 2, "temperature must be"),
     ("sample RUN --device cuba", 2, "there is no device 'cuba'"),
+    ("sample RUN --device cuda:77", 2, "there is no device 'cuda:77' here: use cpu"),
+    ("sample RUN --device meta", 2, "there is no device 'meta'"),
+    ("sample RUN --seed -1", 2, r"seed must lie in \[0, 2\^43\), got -1"),
     ("sample RUN --num 0", 2, "num must be at least 1"),
     ("sample NOWHERE", 3, "no checkpoint at .*; there is no such folder"),
     ("sample EMPTY", 3, "no checkpoint in .*; expected a folder like step-"),
     ("info CUT", 3, "model.safetensors is damaged"),
     ("verify CUT", 3, "damaged"),
     ("infill RUN nothing", 2, "no blank in"),
+    ("infill RUN __ --tokens 0", 2, "tokens must be at least 1"),
+    ("infill RUN __ --tokens 33", 2, "the model holds 32"),
     ("evaluate", 2, "at least one checkpoint"),
+    ("evaluate RUN --data TEXT --orders -1", 2, "orders must be at least 0"),
+    ("evaluate RUN --data TEXT --texts -1", 2, "texts must be at least 0"),
+    ("evaluate RUN --data LATIN", 3, "is not UTF-8"),
     ("evaluate RUN --data NOWHERE", 3, "there is no file"),
     ("evaluate RUN --data EMPTYFILE", 3, "every document is empty"),
     ("train --data NOWHERE --out NEW", 3, "there is no file"),
     ("train --data EMPTYFILE --out NEW", 3, "every document is empty"),
     ("train --data LATIN --out NEW", 3, "is not UTF-8: byte 0xe9 at offset 3"),
     ("train --data TEXT --out NEW --set network.widht=3", 2, "did you mean 'width'"),
+    ("train --data TEXT --out NEW --set width=3", 2, "did you mean 'network.width'"),
     ("train --data TEXT --out NEW --set network.width", 2, "--set takes key=value"),
+    ("train --data TEXT --out NEW --set network.width=x", 2, "network.width: expected int, got 'x'"),
+    ("train --data TEXT --out NEW --set seed=1", 2, "use --seed"),
+    ("train --data TEXT --out NEW --set nothing=1", 2, "--set help lists the keys"),
+    ("train --data TEXT --out NEW --answer reply", 2, "needs --pairs"),
+    ("train --data TEXT --out NEW --pairs", 3, "prompts and answers come as JSON lines"),
+    ("train --data TEXT --out NEW --device cuda:77", 2, "there is no device"),
+    ("train --data TEXT --out NEW --from NOWHERE", 3, "no checkpoint at"),
+    ("train --data TEXT --out NEW --from RUN --tokenizer OTHER", 2, "has .* ids|another tokenizer"),
+    ("train --data TEXT --out NEW --from RUN --vocab-size 300", 2, "leave out --vocab-size"),
     ("train --data TEXT --out NEW --alpha-0 2", 2, r"alpha_0 must lie in \[0, 1\]"),
     ("train --data TEXT --out NEW --model ar --alpha-0 0.5", 2, "ar has no alpha_0"),
     ("train --data TEXT --out NEW --model bd3lm --block-size 7", 2, "not divisible by block_size 7"),
     ("train --data TEXT --out NEW --vocab-size 10", 2, "vocab_size must be at least 258"),
     ("train --data TEXT --out NEW --tokenizer NOWHERE", 2, "there is no tokenizer at"),
     ("train --resume --out EMPTY", 3, "no checkpoint in"),
+    ("train --resume --out NOWHERE", 3, "there is no such folder"),
+    ("train --resume --out RUN --alpha-0 0.5 --data TEXT", 2, "as it began: leave out --alpha-0, --data"),
+    ("train --resume --out RUN --from RUN", 2, "leave out --from"),
     ("train --data TEXT --out RUN", 2, "already holds a run|another text"),
     ("train --validation 2 --data TEXT --out NEW", 2, r"must lie in \(0, 1\)"),
-    ("train --recipe demmo", 2, "demo"),
+    ("train --recipe demmo", 2, "did you mean 'demo'"),
+    ("tokenize EMPTYFILE --out NEW", 3, "every document is empty"),
+    ("tokenize LATIN --out NEW", 3, "is not UTF-8"),
+    ("demo --minutes 0", 2, "minutes must be positive"),
 ]
 
 
@@ -158,9 +242,9 @@ def test_a_mistake_is_named_in_one_line_with_the_right_exit_code(run, trained, t
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    if "OTHER" in line:
+        Tokenizer.train([TEXT], 280).save(tmp_path / "tokenizer.json")
     if "CUT" in line:
-        import shutil
-
         shutil.copytree(trained / "step-000000003", cut)
         weights = cut / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
@@ -174,17 +258,80 @@ def test_a_mistake_is_named_in_one_line_with_the_right_exit_code(run, trained, t
         "TEXT": trained.parent / "text.txt",
         "NEW": tmp_path / "new",
         "LONG": "word " * 100,
+        "OTHER": tmp_path / "tokenizer.json",
     }
     out, err = run(*[places.get(word, word) for word in line.split()], code=code)
-    assert re.search(words, err.replace("\n", " "))
-    assert len(err.strip().splitlines()) <= 12 and not out
+    assert re.search(words, err)
+    assert len(err.splitlines()) == 1 and err.startswith("esolm: ") and not out
 
 
-def test_a_folder_that_cannot_be_written_is_named(run, trained):
-    _, err = run(
-        "train", "--data", trained.parent / "text.txt", "--out", "/proc/nowhere/run", "--vocab-size", 258, code=1
-    )
-    assert "/proc/nowhere" in err
+def test_a_model_and_the_tokenizer_of_another_are_not_joined(run, trained, tmp_path):
+    """A checkpoint put together by hand, its manifest true."""
+    saved = checkpoint.load(trained)
+    other = Tokenizer.train([TEXT], 280).to_json()
+    mixed = checkpoint.Checkpoint(step=1, model=saved.model, config=saved.config, tokenizer_json=other)
+    checkpoint.save(tmp_path, mixed)
+    _, err = run("sample", tmp_path, code=2)
+    assert re.search("tokenizer has 280 ids and the network 258", err)
+
+
+@pytest.mark.parametrize("command", ["train --data TEXT --out", "tokenize TEXT --out", "sample RUN --output"])
+def test_a_place_that_cannot_be_written_is_named(run, trained, command):
+    places = {"TEXT": trained.parent / "text.txt", "RUN": trained}
+    words = [places.get(word, word) for word in command.split()]
+    size = ("--vocab-size", 258) if "RUN" not in command else ()
+    _, err = run(*words, "/proc/nowhere/run", *size, code=3)
+    assert "/proc/nowhere" in err and len(err.splitlines()) == 1
+
+
+def test_a_full_disk_ends_a_run_with_a_line_and_loses_no_checkpoint(run, trained, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    text = trained.parent / "text.txt"
+    options = ("--data", text, "--vocab-size", 258, "--out", tmp_path / "run", "--set", *SMALL, "num_steps=2")
+    saves = iter([checkpoint.save_file] * 2)  # of the first step: weights, averaged weights
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: next(saves, full)(*args))
+    _, err = run("train", *options, "save_every=1", "optim.average=null", "validation_texts=2", code=3)
+    assert re.search(r"could not save .*step-000000002: No space left on device; it needs .* MB", err)
+    assert checkpoint.load(tmp_path / "run").step == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_under_the_texts_is_told(run, trained):
+    _, err = run("sample", trained, "--output", "/dev/full", code=3)
+    assert err == "esolm: no space left on device; free some space or choose another place\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(trained):
+    """As `| head -1` does: the pipe's other end is closed after a line."""
+    command = [sys.executable, "-m", "esolm", "sample", str(trained), "--num", "40", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "problem", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 4 bytes\n more")]
+)
+def test_too_little_memory_is_told_in_one_line(run, trained, monkeypatch, problem):
+    def too_large(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(writing, "loaded", too_large)
+    _, err = run("sample", trained, code=1)
+    assert "out of memory" in err and len(err.splitlines()) == 1
+
+
+def test_a_bug_shows_where_it_is(run, trained, monkeypatch):
+    def wrong(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(writing, "loaded", wrong)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("sample", trained)
 
 
 def test_ctrl_c_ends_with_its_exit_code(run, trained, monkeypatch):

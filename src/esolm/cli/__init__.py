@@ -1,76 +1,113 @@
 """The command line: each command a function of a few lines over the Python call of equal power.
 
-torch is imported inside the commands, so that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong use,
-3 data or a checkpoint is missing or damaged, 75 stopped by a signal after saving (go on with --resume), 130 Ctrl-C.
+torch is imported inside the commands, so that `--help` answers at once. Exit codes: 0 done; 1 failed; 2 wrong use;
+3 data, a checkpoint or a file is missing, damaged or cannot be written; 75 stopped by a signal after saving (go on with
+--resume); 130 Ctrl-C.
 """
 
-import inspect
+import errno
+import os
+import shutil
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
-
-import tyro
 
 from esolm import __version__
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, verify
+from esolm.cli.parsing import call_of, fail, summary
 from esolm.cli.writing import infill, sample
 
 _COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
     "train": train,
+    "tokenize": tokenize,
     "sample": sample,
     "infill": infill,
     "evaluate": evaluate,
-    "tokenize": tokenize,
     "info": info,
     "verify": verify,
-    "demo": demo,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors of the user are one line on stderr, and an exit code."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments in (["--version"], ["-V"]):
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    if name == "help":
+        name, rest = [*rest, "--help"][0], ["--help"]
+    if name in ("--version", "-V"):
         print(f"esolm {__version__}")
-        return
-    name = arguments[0] if arguments else ""
-    _suggest_command(arguments)
+    elif name in ("", "--help", "-h"):
+        print(_overview())
+        sys.exit(0 if name else 2)
+    elif name not in _COMMANDS:
+        _refuse(name)
+    else:
+        _run(call_of(_COMMANDS[name], name, rest))
+
+
+def _run(call: Callable[[], None]) -> None:
+    """Make a call, and end with a line and an exit code where it fails."""
     try:
-        if name not in _COMMANDS:  # --help, or nothing
-            tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="esolm", description=_DESCRIPTION, args=arguments)
-        command = _COMMANDS[name]
-        told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
-        tyro.cli(command, prog=f"esolm {name}", description=told, args=arguments[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn  # type: ignore[assignment]
+            call()
+            sys.stdout.flush()
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except (ValueError, ArithmeticError, OSError) as problem:
-        _fail(str(problem), _exit_code(problem))
+        fail(_told(problem), _exit_code(problem))
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError) and "memory" not in str(problem):
+            raise  # a bug: where it happened is what helps
+        fail("out of memory: choose a smaller network, batch (micro_batch, in training) or text", 1)
+
+
+def _overview() -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = ["usage: esolm COMMAND [OPTIONS]", "", _DESCRIPTION, ""]
+    for name, command in _COMMANDS.items():
+        told = textwrap.wrap(summary(command), width - 13)
+        lines += [f"  {name:<10} {told[0]}", *(" " * 13 + line for line in told[1:])]
+    return "\n".join([*lines, "", *textwrap.wrap(_SEE, width)])
 
 
 _DESCRIPTION = "Language models between autoregression and masked diffusion: train, evaluate, sample."
+_SEE = (
+    "Begin with: esolm demo. Each command has examples and the Python call of equal power: esolm COMMAND --help. "
+    "The version: esolm --version."
+)
 
 
-def _suggest_command(arguments: Sequence[str]) -> None:
+def _refuse(name: str) -> None:
     from esolm.plain import nearest
 
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
-        known = ", ".join(_COMMANDS)
-        _fail(f"there is no command {arguments[0]!r}{nearest(arguments[0], _COMMANDS)}; there are {known}", 2)
+    what, names = ("option", ["--help", "--version"]) if name.startswith("-") else ("command", list(_COMMANDS))
+    fail(f"there is no {what} {name!r}{nearest(name, names)}; there are {', '.join(names)}", 2)
 
 
 def _exit_code(problem: Exception) -> int:
     from esolm.checkpoint import CheckpointError
     from esolm.corpus import DataError
 
-    if isinstance(problem, CheckpointError | DataError):
+    if isinstance(problem, CheckpointError | DataError | OSError):
         return 3
     return 2 if isinstance(problem, ValueError) else 1
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"esolm: {message}", file=sys.stderr)
-    sys.exit(code)
+def _told(problem: Exception) -> str:
+    """The message of an error; of the system's own, the file and the reason."""
+    if isinstance(problem, OSError) and problem.strerror:
+        place = f"{problem.filename}: " if problem.filename else ""
+        full = problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space or choose another place" if full else "choose another place or make it writable"
+        return f"{place}{problem.strerror[0].lower()}{problem.strerror[1:]}; {remedy}"
+    return str(problem)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"esolm: warning: {message}", file=sys.stderr)

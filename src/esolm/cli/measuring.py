@@ -1,22 +1,29 @@
 """`esolm evaluate`, `esolm info`, `esolm verify` and `esolm demo`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from esolm.cli.terminal import console, loaded, print_json, say
+from esolm.cli.parsing import Checkpoint, Flag
+from esolm.cli.terminal import bars, console, loaded, print_json, say
+
+if TYPE_CHECKING:
+    from esolm.model import Model
 
 
 def evaluate(
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]],
+    checkpoints: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CHECKPOINT ...", help_behavior_hint="")
+    ],
     data: str = "shakespeare",
     field: str = "text",
     samples: int = 4,
     orders: int = 0,
-    texts: int | None = 256,
+    texts: int = 256,
     seed: int = 0,
     device: str = "auto",
-    json: bool = False,
+    json: Flag = False,
 ) -> None:
     """Likelihoods of a text under models, on one scale: nats a token, bits a byte, perplexity.
 
@@ -25,7 +32,12 @@ def evaluate(
       esolm evaluate runs/first --data held-out.txt
       esolm evaluate runs/ar runs/mdlm runs/esolm --data held-out.txt --orders 10
 
-    In Python: evaluate.evaluate(model, documents, samples=4).
+    In Python:
+
+      from esolm.evaluate import evaluate
+
+      documents = list(corpus.documents("held-out.txt"))
+      rows = evaluate(esolm.load("runs/first", dtype="float32"), documents, samples=4, texts=256)
 
     Args:
         checkpoints: Runs' folders or single steps.
@@ -33,9 +45,9 @@ def evaluate(
         field: Field of the text in JSON lines, Parquet or a data set.
         samples: Draws of the NELBO for each text.
         orders: Also the importance-weighted bound of this many orders (Eso-LM).
-        texts: At most this many windows of text; all, with --texts None.
+        texts: At most this many windows of text; 0 is all of them.
         seed: Of the draws.
-        device: auto, cpu, cuda, ...
+        device: auto, cpu, cuda, cuda:1, ...
         json: Print JSON lines instead of a table.
     """
     from esolm import corpus, prepare
@@ -44,13 +56,14 @@ def evaluate(
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm evaluate CHECKPOINT --data FILE")
+    for option, value in (("texts", texts), ("orders", orders)):
+        if value < 0:
+            raise ValueError(f"{option} must be at least 0, got {value}")
     documents = list(corpus.documents(prepare.located(data), field=field))
+    how: dict[str, Any] = {"samples": samples, "orders": orders, "texts": texts or None, "seed": seed}
     rows = []
     for path in checkpoints:
-        model = loaded(path, "float32", device)
-        rows += measure(
-            model, documents, name=str(path), samples=samples, orders=orders, texts=texts, seed=seed, console=console()
-        )
+        rows += measure(loaded(path, "float32", device), documents, name=str(path), console=bars(), **how)
     if json:
         for row in rows:
             print_json(row.values())
@@ -58,47 +71,70 @@ def evaluate(
         console(stderr=False).print(table(rows))
 
 
-def info(checkpoint: tyro.conf.Positional[Path], json: bool = False) -> None:
-    """What a checkpoint is: method, size, how it was trained, what its products run on here.
+def info(checkpoint: Checkpoint, json: Flag = False) -> None:
+    """What a checkpoint is: method, size, what it learned from and how, and what its products run on here.
 
     Examples:
 
       esolm info runs/first
+      esolm info runs/first --json
 
-    In Python: esolm.load("runs/first").info().
+    In Python:
+
+      esolm.load("runs/first").info()
 
     Args:
         checkpoint: A run's folder or one step of it.
-        json: Print JSON.
+        json: Print all that the checkpoint records, as JSON.
     """
-    told = loaded(checkpoint, "auto", "cpu").info()
+    model = loaded(checkpoint, "auto", "cpu")
     if json:
-        print_json(told)
+        print_json(_recorded(model))
         return
+    told = model.info()
     width = max(map(len, told))
     for label, value in told.items():
         print(f"{label:<{width}}  {value}")
 
 
-def verify(checkpoint: tyro.conf.Positional[Path]) -> None:
-    """Check a checkpoint byte for byte.
+def verify(checkpoint: Checkpoint) -> None:
+    """Check a checkpoint, or every checkpoint of a run, byte for byte.
 
     Examples:
 
       esolm verify runs/first
+      esolm verify runs/first/step-000003000
 
-    In Python: checkpoint.verify(checkpoint.newest(folder)).
+    In Python:
+
+      for step in sorted(Path("runs/first").glob("step-*")):
+          checkpoint.verify(step)
 
     Args:
         checkpoint: A run's folder or one step of it.
     """
     from esolm import checkpoint as checkpoints
 
-    path = checkpoint if checkpoints.is_step(checkpoint) else checkpoints.newest(checkpoint)
-    if path is None:
-        raise checkpoints.CheckpointError(f"no checkpoint in {checkpoint}; expected a folder like step-000001000 in it")
-    checkpoints.verify(path)
-    say(f"{path} is whole")
+    one = checkpoints.is_step(checkpoint)
+    steps = [checkpoint] if one else sorted(checkpoint.glob("step-*"))
+    if not steps:
+        checkpoints.load(checkpoint)  # says what is wrong
+    for step in steps:
+        checkpoints.verify(step)
+        say(f"{step} is whole")
+
+
+def _recorded(model: "Model") -> dict[str, Any]:
+    from esolm.inference import describe
+    from esolm.plain import to_plain
+
+    return {
+        "algorithm": to_plain(model.algorithm),
+        "parameters": model.denoiser.num_parameters,
+        "network": to_plain(model.denoiser.config),
+        "products": describe(model.writer),
+        **model.facts,
+    }
 
 
 def demo(out: Path = Path("out/demo"), minutes: float = 6.0, seed: int = 0) -> None:
@@ -109,7 +145,9 @@ def demo(out: Path = Path("out/demo"), minutes: float = 6.0, seed: int = 0) -> N
       esolm demo
       esolm demo --minutes 20 --out out/longer
 
-    In Python: demo.run(Path("out/demo"), minutes=6).
+    In Python:
+
+      demo.run(Path("out/demo"), minutes=6)
 
     Args:
         out: Folder for the run and report.html.

@@ -3,15 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from esolm.cli.parsing import DtypeName
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from esolm.model import Model
-
-DtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8"]
-MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
 
 
 def say(message: str) -> None:
@@ -28,14 +27,22 @@ def console(*, stderr: bool = True) -> "Console":
     return Console(stderr=stderr)
 
 
+def bars() -> "Console":
+    """Where bars of progress go: the terminal, and nowhere if standard error is none."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not sys.stderr.isatty())
+
+
 def device_of(name: str) -> str:
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+        if torch.empty(0, device=name).is_meta:
+            raise ValueError("it holds no numbers")
+    except (RuntimeError, AssertionError, ValueError):
         raise ValueError(f"there is no device {name!r} here: use cpu, or auto") from None
     return name
 

@@ -1,0 +1,127 @@
+"""Arguments of one command to a call of it: what is wrong with them is one line on stderr and exit code 2.
+
+tyro reads the signature and writes the help. Its boxes of errors become lines here, and an unknown option names the
+nearest right one. Types are read the same way everywhere. It runs no command.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+T = TypeVar("T")
+Maybe = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]  # an option that may be left out
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Words = Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+_CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+_REGISTRY = ConstructorRegistry()
+
+
+def call_of(command: Callable[..., None], name: str, arguments: Sequence[str]) -> Callable[[], None]:
+    """The call of a command that its arguments ask for. SystemExit after `--help` (0) and for mistakes (2)."""
+
+    @functools.wraps(command)
+    def later(*values: object, **named: object) -> Callable[[], None]:
+        return functools.partial(command, *values, **named)
+
+    prog = f"esolm {name}"
+    if not {"-h", "--help"} & set(arguments):
+        _refuse_unknown(command, prog, arguments)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(
+                cast("Callable[..., Callable[[], None]]", later),
+                prog=prog,
+                description=summary(command, whole=True),
+                args=list(arguments),
+                config=_CONFIG,
+                registry=_REGISTRY,
+            )
+    except SystemExit as end:
+        if end.code in (None, 0):
+            raise
+        fail(f"{_one_line(box.getvalue())}; see {prog} --help", 2)
+
+
+def summary(command: Callable[..., None], *, whole: bool = False) -> str:
+    """What a command's docstring says of it: its first paragraph, or all that stands before its arguments."""
+    told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
+    return told.replace(":\n\n", ":\n") if whole else " ".join(told.partition("\n\n")[0].split())
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End with one message on stderr."""
+    print(f"esolm: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@_REGISTRY.primitive_rule
+def _plain_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Numbers, texts and paths, and the same or None, with an error that says what was expected."""
+    inside = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+    kinds = [kind for kind in inside if kind is not NoneType]
+    if len(kinds) != 1 or kinds[0] not in _KINDS:
+        return None
+    kind: Callable[[str], object] = kinds[0]
+
+    def read(words: list[str]) -> object:
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"expected {_KINDS[kinds[0]]}, got {words[0]!r}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kinds[0].__name__.upper(),
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, inside) or (kinds[0] is float and isinstance(value, int)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _refuse_unknown(command: Callable[..., None], prog: str, arguments: Sequence[str]) -> None:
+    """An option that is not there, before tyro says so without the nearest one."""
+    from esolm.plain import nearest
+
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    parser = tyro.extras.get_parser(command, prog=prog, config=_CONFIG, registry=_REGISTRY)
+    known = [name for action in parser._actions for name in action.option_strings]
+    for word in options:
+        name = word.partition("=")[0]
+        if re.match("--?[a-zA-Z]", name) and name.replace("_", "-") not in known:
+            fail(f"there is no option {name}{nearest(name, known)}; see {prog} --help", 2)
+
+
+def _one_line(box: str) -> str:
+    """What an error box of tyro says, without its frame and its hints."""
+    from esolm.plain import nearest
+
+    lines = [line.strip("╭╮╰╯─ ").strip("│") for line in re.sub("\x1b\\[[0-9;]*m", "", box).splitlines()]
+    end = next((n for n, line in enumerate(lines) if line.strip().startswith(_HINTS)), len(lines))
+    said = " ".join(line.strip() for line in lines[1:end] if line.strip(" ─"))
+    if lines and lines[0] == "Required options":
+        return f"missing {' and '.join(line.strip() for line in lines[1:end] if re.match(' {5}[^ ]', line))}"
+    if found := re.match("Missing value for argument '(.*?)'", said):
+        return f"{found[1]} needs a value"
+    if found := re.match(r"invalid choice '(.*)' for argument '(.*?)'. Expected one of \((.*)\)", said):
+        choices = re.findall("'(.*?)'", found[3])
+        return f"{found[2]} is one of {', '.join(choices)}, got {found[1]!r}{nearest(found[1], choices)}"
+    return said.replace("Unrecognized options:", "there is no place for").removeprefix("Error parsing ")
+
+
+_HINTS = ("For full helptext", "Argument helptext", "Got errors")
