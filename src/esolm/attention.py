@@ -1,4 +1,4 @@
-"""Who reads whom: one rule for every method, its picture, and attention under it with two backends.
+"""Who reads whom: one rule for every method, its picture, and attention under it with three backends.
 
     attends(q, k) = (k.public and k.stage < q.stage) or (k.stage == q.stage and k.public == q.public)
 
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from esolm.tiles import Tile, attend, cut
+
 PADDING = 2**40  # later than any stage, so that `k.stage < q.stage` never holds for a padding key
-_SCORES_HELD = 2**23  # a layer's scores kept for the backward pass: 16 MiB in bf16
 _FLEX_ROWS = 128  # FlexAttention works in blocks of 128 rows; below that a dense mask is cheaper
+_TILED_ROWS = 64  # tiles of fewer rows than this have nothing to skip
 
 
 def attends(
@@ -38,11 +40,18 @@ def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask."""
+    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask, tiles."""
 
     causal: bool = False
     mask: Bool[Tensor, "batch 1 row key"] | None = None
     blocks: Any = None
+    tiles: tuple[Tile, ...] | None = None
+
+    def reading(self, wanted: Bool[Tensor, "row"]) -> "Relation":
+        """The same, with leave to skip what only unwanted rows read."""
+        if self.tiles is None:
+            return self
+        return Relation(tiles=tuple(tile for tile in self.tiles if bool(wanted[tile.rows].any())))
 
 
 def relation(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
@@ -55,6 +64,16 @@ def relation(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"
     if bool(public.all()) and bool((stage == torch.arange(rows, device=stage.device)).all()):
         return Relation(causal=True)
     return Relation(mask=attends(stage, public, stage, public)[:, None])
+
+
+def relation_in_tiles(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
+    """The relation of rows among themselves for a pass of training or scoring: on a CPU, in tiles."""
+    if stage.device.type != "cpu" or stage.shape[1] < _TILED_ROWS:
+        return relation(stage, public)
+    if bool((stage == stage[:1]).all()) and bool((public == public[:1]).all()):
+        stage, public = stage[:1], public[:1]  # one mask for all texts
+    halves = (public[0, 1:] != public[0, :-1]).nonzero()[:, 0] + 1
+    return Relation(tiles=cut(attends(stage, public, stage, public), halves.tolist()))
 
 
 def block_mask(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Any:
@@ -84,31 +103,14 @@ def attention(
     if who.blocks is not None:
         out: Tensor = _flex(q.is_cuda)(q, k, v, block_mask=who.blocks, enable_gqa=grouped)
         return out
-    if _few_scores(q, k) and not grouped:
-        return _by_products(q, k, v, who)
+    if who.tiles is not None:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)) if grouped else (k, v)
+        return attend(q, k, v, who.tiles)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
 
 
 def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:
     return (k_public & (k_stage < q_stage)) | ((k_stage == q_stage) & (k_public == q_public))
-
-
-def _few_scores(q: Tensor, k: Tensor) -> bool:
-    """Is this a bf16 training pass on CPU whose scores may be held? Two plain products then take half the time of the
-    fused kernel, forward and backward (docs/log.md); they cost `rows x keys` numbers a head for the backward pass."""
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and scores <= _SCORES_HELD
-
-
-def _by_products(q: Tensor, k: Tensor, v: Tensor, who: Relation) -> Tensor:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    if who.causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores + torch.zeros_like(later, dtype=q.dtype).masked_fill_(later, -torch.inf)
-    elif who.mask is not None:
-        scores = scores + torch.zeros_like(who.mask, dtype=q.dtype).masked_fill_(~who.mask, -torch.inf)
-    out: Tensor = scores.softmax(-1) @ v
-    return out
 
 
 @cache

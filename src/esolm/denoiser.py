@@ -7,6 +7,7 @@ decoders (RMS norm, gated MLP, grouped heads, query/key norm). It computes no lo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,15 +122,25 @@ class Denoiser(nn.Module):
         positions: Int64[Tensor, "batch row"],
         who: Relation,
         cache: Cache | None = None,
-    ) -> Float[Tensor, "batch row width"]:
+        *,
+        wanted: Int64[Tensor, "target"] | None = None,
+        noise: torch.Generator | None = None,
+    ) -> Float[Tensor, "*rows width"]:
         """Hidden states (after the last norm) of rows that hold `tokens` at `positions` of the text.
 
-        With a cache, rows also read what it keeps, under the relation that `cache.place` returned.
+        With a cache, rows also read what it keeps, under the relation that `cache.place` returned. Only the `wanted`
+        rows (numbers of rows, texts laid end to end), if given: in the last layer the others give keys and values and
+        no more. Dropout takes its random numbers from `noise`; without it nothing is dropped.
         """
-        h = _drop(self.embed(tokens).to(self.cos.dtype), self)
+        drop = _Dropout(self.config.dropout, noise)
+        h = drop(self.embed(tokens).to(self.cos.dtype))
         angles = self.cos[positions][:, :, None], self.sin[positions][:, :, None]
-        for layer, block in enumerate(self.blocks):
-            h = block(h, angles, who, cache, layer)
+        for layer, block in enumerate(self.blocks[:-1]):
+            h = block(h, angles, who, cache, layer, drop)
+        if wanted is not None:
+            flags = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill_(0, wanted, True)
+            who = who.reading(flags.view_as(tokens).any(0))
+        h = self.blocks[-1](h, angles, who, cache, len(self.blocks) - 1, drop, wanted)
         return _normed(h, self.norm)
 
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
@@ -185,25 +196,27 @@ class Block(nn.Module):
         who: Relation,
         cache: Cache | None,
         layer: int,
-    ) -> Float[Tensor, "batch row width"]:
-        h = h + _drop(self._attend(_normed(h, self.norm1), angles, who, cache, layer), self)
-        return h + _drop(self._mlp(_normed(h, self.norm2)), self)
+        drop: "_Dropout",
+        wanted: Int64[Tensor, "target"] | None = None,
+    ) -> Float[Tensor, "*rows width"]:
+        mixed = self._attend(_normed(h, self.norm1), angles, who, cache, layer)
+        if wanted is not None:
+            h, mixed = (x.flatten(0, 1).index_select(0, wanted) for x in (h, mixed))
+        h = h + drop(self.out(mixed))
+        return h + drop(self._mlp(_normed(h, self.norm2)))
 
     def _attend(
         self, x: Tensor, angles: tuple[Tensor, Tensor], who: Relation, cache: Cache | None, layer: int
     ) -> Tensor:
         heads, kv_heads = self.config.heads, self.config.num_kv_heads
         qkv = self.qkv(x).view(*x.shape[:2], heads + 2 * kv_heads, self.config.dim)
-        qk, v = qkv.split_with_sizes((heads + kv_heads, kv_heads), 2)
         if self.config.qk_norm:
-            q, k = qk.split_with_sizes((heads, kv_heads), 2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = rotate(qk, *angles).transpose(1, 2).split_with_sizes((heads, kv_heads), 1)
-        v = v.transpose(1, 2)
+            q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 2)
+            qkv = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=2)
+        q, k, v = _Turned.apply(qkv, *angles, heads)  # type: ignore[no-untyped-call]
         if cache is not None:
             k, v = cache.update(layer, k, v)
-        out: Tensor = self.out(attention(q, k, v, who).transpose(1, 2).flatten(2))
-        return out
+        return attention(q, k, v, who).transpose(1, 2).flatten(2)
 
     def _mlp(self, x: Tensor) -> Tensor:
         up = self.up(x)
@@ -235,9 +248,39 @@ def _angles(config: Config) -> tuple[Tensor, Tensor]:
     return torch.cat((angle.cos(), angle.cos()), dim=-1), torch.cat((-angle.sin(), angle.sin()), dim=-1)
 
 
-def _drop(x: Tensor, part: "Denoiser | Block") -> Tensor:
-    rate = part.config.dropout
-    return F.dropout(x, rate, part.training) if rate else x
+class _Turned(torch.autograd.Function):
+    """Queries, keys and values apart, `[batch, head, row, dim]`, the first two turned by their angles: `rotate`, with
+    a backward pass that turns back in place."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, ...]:
+        kv_heads = (qkv.shape[2] - heads) // 2
+        qk, v = qkv.split_with_sizes((heads + kv_heads, kv_heads), 2)
+        ctx.save_for_backward(cos, sin)
+        q, k = rotate(qk, cos, sin).transpose(1, 2).split_with_sizes((heads, kv_heads), 1)
+        return q, k, v.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grad = torch.cat([part.transpose(1, 2) for part in grads], dim=2)
+        qk = grad[:, :, : -grads[2].shape[1]]
+        qk.copy_(rotate(qk, cos, -sin))
+        return grad, None, None, None
+
+
+@dataclass(frozen=True)
+class _Dropout:
+    """Sets each number to zero at this rate, and the others that much larger; with no generator, nothing."""
+
+    rate: float
+    noise: torch.Generator | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.noise is None or not self.rate:
+            return x
+        kept = torch.empty_like(x).bernoulli_(1 - self.rate, generator=self.noise)
+        return x * kept * (1 / (1 - self.rate))
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from esolm.algorithms.algorithm import View
-from esolm.attention import relation
+from esolm.attention import relation_in_tiles
 from esolm.denoiser import Denoiser
 
 _CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, enough rows to keep a matrix product busy
@@ -35,13 +35,18 @@ def weighted_cross_entropy(
     return loss, nll
 
 
-def of_view(denoiser: Denoiser, view: View) -> tuple[Float[Tensor, ""], Float[Tensor, "batch row"]]:
+def of_view(
+    denoiser: Denoiser, view: View, noise: torch.Generator | None = None
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch row"]]:
     """One pass of the denoiser over a view: the sum of `weights * nll` (differentiable), and `weights * nll` of each
-    row (not differentiable; zero where a row has no target). Logits are made for rows with a target only."""
-    hidden = denoiser(view.tokens, view.positions, relation(view.stage, view.public)).flatten(0, 1)
+    row (not differentiable; zero where a row has no target). Logits are made for rows with a target only.
+
+    `noise` is for dropout; a pass without it drops nothing."""
     weights, targets = view.weights.flatten(), view.targets.flatten()
     rows = weights.nonzero()[:, 0]
-    loss, nll = weighted_cross_entropy(hidden[rows], denoiser.head, targets[rows], weights[rows])
+    who = relation_in_tiles(view.stage, view.public)
+    hidden = denoiser(view.tokens, view.positions, who, wanted=rows, noise=noise)
+    loss, nll = weighted_cross_entropy(hidden, denoiser.head, targets[rows], weights[rows])
     weighted = torch.zeros_like(weights).index_put_((rows,), nll * weights[rows])
     return loss, weighted.view_as(view.weights)
 

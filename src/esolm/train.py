@@ -29,13 +29,14 @@ from esolm.calibrate import bf16_pays
 from esolm.data import Loader
 from esolm.denoiser import Config, Denoiser
 from esolm.journal import Journal
-from esolm.noise import Noise
+from esolm.noise import Noise, generator
 from esolm.optim import Config as OptimConfig
 from esolm.optim import NotFinite, Optimizer, WeightAverage
 from esolm.tokenizer import Tokenizer
 
 _REFUSED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which the run cannot be saved by skipping
 _VALIDATED_AT_ONCE = 16
+_DROPOUT = 1000  # purpose of its random numbers, apart from those of the algorithms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,28 +172,40 @@ def _loop(
 def learn(run: Run, model: Denoiser, batch: Batch, step: int) -> dict[str, float]:
     """Gradients of the loss of one global batch, left in the parameters; returns each term in nats a token.
 
-    A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient.
+    A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient but by
+    what dropout drops, which is drawn for a micro batch as a whole.
     """
-    device, mask_id = model.embed.weight.device, model.config.mask_id
-    total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
-    model.train()
-    views: list[View] = []
-    for at in range(0, total, micro):
-        stop = min(at + micro, total)
-        noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
-        views += run.algorithm.views(batch[at:stop], noise, mask_id)
+    device, views = model.embed.weight.device, views_of(run, batch, step)
     tokens: Counter[str] = Counter()
     for view in views:
         tokens[view.term] += view.num_tokens
     terms = dict.fromkeys(tokens, 0.0)
+    dropped = torch.Generator(device).manual_seed(int(generator(run.seed, step, _DROPOUT).integers(2**63)))
     for view in views:
         if not tokens[view.term]:
             continue  # nothing but prompts and padding
-        loss, _ = objective.of_view(model, view.to(device))
+        loss, _ = objective.of_view(model, view.to(device), dropped)
         loss = loss / tokens[view.term]
         loss.backward()  # type: ignore[no-untyped-call]
         terms[view.term] += loss.item()
     return terms
+
+
+def autocast(run: Run, device: torch.device) -> torch.autocast:
+    """Matrix products in bf16 where the run wants them so, or where they are faster and it leaves the choice."""
+    bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def views_of(run: Run, batch: Batch, step: int) -> list[View]:
+    """What a step shows the denoiser, one pass each: the terms of every micro batch."""
+    total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+    views: list[View] = []
+    for at in range(0, total, micro):
+        stop = min(at + micro, total)
+        noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
+        views += run.algorithm.views(batch[at:stop], noise, run.network.mask_id)
+    return views
 
 
 class _State:
@@ -202,13 +215,11 @@ class _State:
         self.run = run
         self.tokenizer = tokenizer
         self.origin = dict(origin or {})
-        generator = torch.Generator().manual_seed(run.seed)
-        self.denoiser = Denoiser(run.network, generator).to(device)
+        self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed)).to(device)
         self.optimizer = Optimizer(self.denoiser, run.optim)
         decay = run.optim.average
         self.average = None if decay is None else WeightAverage(self.denoiser, decay)
         self.step = 0
-        self._bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
         self._before, self._since = 0.0, time.monotonic()
 
     @property
@@ -217,8 +228,7 @@ class _State:
         return self._before + time.monotonic() - self._since
 
     def autocast(self) -> torch.autocast:
-        """Matrix products in bf16 where the run wants them so, or where they are faster and it leaves the choice."""
-        return torch.autocast(self.denoiser.embed.weight.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+        return autocast(self.run, self.denoiser.embed.weight.device)
 
     def update(self, rate: float) -> float:
         """Clip, update, average; returns the norm that the gradient had. Raises NotFinite."""
@@ -321,7 +331,7 @@ def _validate(state: _State, validation: Loader, journal: Journal) -> likelihood
     texts = itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once))
     state.denoiser.eval()
     with state.average.swapped() if state.average else nullcontext(), state.autocast():
-        found = likelihood.estimate(state.denoiser, run.algorithm, texts, total=run.validation_texts, seed=run.seed)
+        found = likelihood.estimate(state.denoiser, run.algorithm, texts, seed=run.seed)
     journal.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
     return found
 
