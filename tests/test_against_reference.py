@@ -31,6 +31,7 @@ FOLDER = Path(os.environ.get("ESOLM_REFERENCE_DIR") or Path(__file__).parent / "
 NAMES = sorted(path.name.removesuffix(".json") for path in FOLDER.glob("*.json"))
 CLOSE = 1e-5
 SUMMED = 1e-4
+ENOUGH = 256  # logits, to tell a mean of their errors
 CASES = {  # what is compared below, by the test that does it
     *(f"{variant}.{kind}" for variant in "AB" for kind in ("diffusion", "sequential")),
     "B.exact",
@@ -144,6 +145,17 @@ def assert_close(ours, theirs, within=CLOSE):
     assert error < within
 
 
+def assert_logits(ours, theirs):
+    """Close, and no further from the network in float64 than float32 is: in the mean they are one pass in float32, so
+    that a single weight that is 1e-3 off shows, though it may move no logit by 1e-5."""
+    assert_close(ours, theirs)
+    follow, network = ours
+    if theirs.numel() >= ENOUGH:
+        exact = follow(deepcopy(network).double()).double()
+        ours32, theirs32 = ((x - exact).square().mean().sqrt() for x in (follow(network), theirs))
+        assert theirs32 < 3 * ours32
+
+
 @torch.no_grad()
 def hidden_of(denoiser: Denoiser, view: View):
     return denoiser(view.tokens, view.positions, relation(view.stage, view.public))
@@ -189,7 +201,7 @@ def test_diffusion_logits_and_losses(reference, variant):
     for weight, name in ((schedule.weight(t), "nll_elbo"), (torch.ones_like(t), "nll_low_var")):
         view = algorithm.diffusion_of(Batch.of(case["x0"]), masked, case["order"], weight[:, None], mask_id)
         assert torch.equal(view.tokens, case["zt_sorted"])
-        assert_close(logits_of(view, denoiser), case["logits"][..., :-1])
+        assert_logits(logits_of(view, denoiser), case["logits"][..., :-1])
         assert_losses(view, denoiser, case[name])
 
 
@@ -203,7 +215,7 @@ def test_sequential_logits_and_losses(reference, variant):
     assert torch.equal(case["x0"].gather(1, case["order"]), case["x0_sorted"])
     here = case["z0_sorted"][:, length - rows :] == mask_id
     follow, _ = logits_of(view, denoiser, slice(rows))
-    assert_close((lambda network: follow(network)[here], denoiser), case["logits"][:, length - rows :, :-1][here])
+    assert_logits((lambda network: follow(network)[here], denoiser), case["logits"][:, length - rows :, :-1][here])
     assert_losses(view, denoiser, case["nll"][:, length - rows :], slice(rows))
     assert not bool(case["nll"][:, : length - rows].any())
 
@@ -223,7 +235,9 @@ def test_cached_sampling_with_given_tokens(reference):
     texts = len(case["order"])
     for which in [slice(text, text + 1) for text in range(texts)] + [slice(0, texts)]:  # alone, then all together
         order, tokens = case["order"][which], case["tokens_sorted"][which]
-        assert_close((lambda n, o=order, t=tokens: forced(n, o, t, reference), denoiser), case["logits"][which, :, :-1])
+        assert_logits(
+            (lambda n, o=order, t=tokens: forced(n, o, t, reference), denoiser), case["logits"][which, :, :-1]
+        )
 
 
 @torch.inference_mode()
@@ -267,7 +281,7 @@ def test_mdlm_logits_and_losses(reference):
     t = case["t"].double()
     assert_close(LogLinear().alpha(t), case["alpha_t"], 1e-6)
     view = MDLM().view_of(Batch.of(case["x0"]), case["zt"] != mask_id, t[:, None], mask_id)
-    assert_close(logits_of(view, denoiser), case["logits"][..., :-1])
+    assert_logits(logits_of(view, denoiser), case["logits"][..., :-1])
     assert_losses(view, denoiser, case["nll_elbo"])
 
 
@@ -276,7 +290,7 @@ def test_ar_logits_and_losses(reference):
     order = torch.arange(case["x0"].shape[1]).expand_as(case["x0"])
     view = AR().exact(Batch.of(case["x0"]), order, reference.mask_id)
     assert torch.equal(view.tokens, case["input"])
-    assert_close(logits_of(view, denoiser), case["logits"][..., :-1])
+    assert_logits(logits_of(view, denoiser), case["logits"][..., :-1])
     assert_losses(view, denoiser, case["nll"])
 
 
@@ -287,7 +301,7 @@ def test_bd3lm_logits_and_losses(reference):
         clean, probability = case["zt"] != mask_id, case["mask_prob"].double()
         view = BD3LM(block_size=size).view_of(Batch.of(case["x0"]), clean, probability, mask_id)
         z = slice(clean.shape[1])
-        assert_close(logits_of(view, denoiser, z), case["logits"][..., :-1])
+        assert_logits(logits_of(view, denoiser, z), case["logits"][..., :-1])
         assert_losses(view, denoiser, case["nll_weighted"], z)
 
 

@@ -1,11 +1,10 @@
 """How good models are at a text, on one scale: exact likelihoods, NELBOs and importance-weighted bounds in one table.
 
 Documents are cut into windows of the model's length, each scored without what came before it, end-of-text tokens
-included, so that every model sees the same bytes. Perplexity depends on the tokenizer; bits a byte does not. It trains
-and draws nothing.
+included, so that models of one length and tokenizer see the same windows, and all models the same bytes unless only
+some windows are asked for. Perplexity depends on the tokenizer; bits a byte does not. It trains and draws nothing.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,26 +60,30 @@ def evaluate(
     seed: int = 0,
     console: Console | None = None,
 ) -> list[Row]:
-    """Measures of a model over documents: the NELBO (the exact value, for AR) from `samples` draws a window and, with
-    `orders`, the importance-weighted bound of that many. `texts`: at most this many windows, evenly spread."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    """Measures of a model over documents: the NELBO (the exact value, where nothing is written by diffusion) from
+    `samples` draws a window and, with `orders`, the importance-weighted bound of that many for methods that have one
+    (see `Algorithm.one_pass`). `texts`: at most this many windows, evenly spread."""
+    problems = [
+        f"{option} must be at least {least}, got {value}"
+        for option, value, least in (("samples", samples, 1), ("orders", orders, 0), ("texts", texts, 1))
+        if value is not None and value < least
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
     windows = _windows(model, documents)
-    if texts is not None:
-        windows = windows[:: max(1, math.ceil(len(windows) / texts))]
     if not windows:
         raise ValueError("there is no text to score: every document is empty")
+    count = min(texts or len(windows), len(windows))
+    windows = [windows[number * len(windows) // count] for number in range(count)]
     num_bytes = sum(_bytes_of(model, window) for window in windows)
     exact = model.algorithm.bound_is_exact
     plans: list[tuple[likelihood.Kind, int]] = [("exact", 1) if exact else ("NELBO", samples)]
-    if orders:
+    if orders and model.algorithm.one_pass and not exact:
         plans.append(("importance-weighted bound", orders))
     rows = []
     for kind, draws in plans:
         batches = track(list(_batches(model, windows)), description=f"{name} · {kind}", console=console, transient=True)
-        found = likelihood.estimate(
-            model.denoiser, model.algorithm, batches, kind=kind, samples=draws, total=len(windows), seed=seed
-        )
+        found = likelihood.estimate(model.denoiser, model.algorithm, batches, kind=kind, samples=draws, seed=seed)
         rows.append(Row(name=name, method=repr(model.algorithm), estimate=found, num_bytes=num_bytes))
     return rows
 
@@ -111,7 +114,7 @@ def table(rows: Sequence[Row]) -> Table:
 def _windows(model: Model, documents: Sequence[str]) -> list[list[int]]:
     end = model.tokenizer.end_id
     windows = []
-    for document in documents:
+    for document in filter(None, documents):
         ids = [*model.tokenizer.encode(document), end]
         windows += [ids[at : at + model.length] for at in range(0, len(ids), model.length)]
     return windows

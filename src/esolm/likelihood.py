@@ -2,10 +2,12 @@
 
     exact       log p(x) under one order of writing, one token a step       AR; Eso-LM under a given order
     NELBO       -log p(x) <= E[sum of weighted cross-entropies]             every method; Monte Carlo, with its error
-    weighted    log p(x) >= log mean_k p(x | order k)                       Eso-LM; tighter with more orders
+    weighted    log p(x) >= log mean_k p(x | order k)                       Eso-LM (B); tighter with more orders
 
-The NELBO's diffusion rows read the masks of their own step, as writing in parallel does; the exact pass reads none, as
-writing one by one does. So with one order the weighted bound may lie below or above the NELBO. It reads no files.
+They ask the network for different conditionals. A row of the NELBO's diffusion term also reads masks, as it learns to:
+in MDLM and BD3-LM those of the text or block, in Eso-LM those before it in generation order, shuffled in (B). A row of
+its sequential term, and every row of the exact pass, reads tokens only, as writing one by one does. So with one order
+the weighted bound may lie below or above the NELBO: they bound the likelihoods of two ways of writing.
 """
 
 import math
@@ -51,17 +53,17 @@ def nelbo(denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise) 
     nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
     for view in algorithm.bound(batch, noise, denoiser.config.mask_id):
         _, rows = objective.of_view(denoiser, view.to(denoiser.embed.weight.device))
-        nats += rows.double().sum(1).cpu()
+        nats += rows.cpu().double().sum(1)  # in this order: not every device has float64
     return nats
 
 
 @torch.inference_mode()
 def log_likelihood(denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """Exact log-likelihood of each text, in nats, under one order of writing: the method's only one (AR), or one drawn
-    with `noise` (Eso-LM). ValueError for MDLM and BD3-LM, which have a bound only."""
+    with `noise` (Eso-LM). ValueError for methods that have a bound only (see `Algorithm.one_pass`)."""
     view = algorithm.exact(batch, algorithm.orders(batch, noise), denoiser.config.mask_id)
     _, rows = objective.of_view(denoiser, view.to(denoiser.embed.weight.device))
-    return -rows.double().sum(1).cpu()
+    return -rows.cpu().double().sum(1)
 
 
 def importance_weighted(
@@ -84,14 +86,13 @@ def estimate(
     *,
     kind: Kind = "NELBO",
     samples: int = 1,
-    total: int = 1,
     seed: int = 0,
 ) -> Estimate:
     """A measure over texts, `samples` draws each. A text's numbers depend on its place among the texts, not on the
-    sizes of the batches; `total`, how many texts will come, spreads the NELBO's times evenly over them."""
+    sizes of the batches. Texts must all be padded to one length, for which the random numbers are drawn."""
     nats, tokens, at = [], [], 0
     for batch in batches:
-        noise = Noise(seed=seed, step=0, start=at, stop=at + len(batch.tokens), total=max(total, 1))
+        noise = Noise(seed=seed, step=0, start=at, stop=at + len(batch.tokens), total=at + len(batch.tokens))
         nats.append(_measure(denoiser, algorithm, batch, noise, kind, samples))
         tokens.append(batch.scored.sum(1))
         at = noise.stop

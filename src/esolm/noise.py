@@ -42,6 +42,10 @@ class Noise:
         numbers = np.random.Generator(philox).random((self.stop - self.start, counts * _WORDS_PER_COUNT))
         return torch.from_numpy(np.ascontiguousarray(numbers[:, :columns]))
 
+    def shared(self, purpose: int) -> float:
+        """One uniform for all rows of the global batch. Its purpose must be no other's."""
+        return float(uniforms(1, self.seed, self.step, purpose)[0])
+
 
 def _philox(key: tuple[int, ...]) -> np.random.Philox:
     for part in key:

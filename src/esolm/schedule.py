@@ -6,6 +6,7 @@ At t = 0 a share `alpha_0` is clean (what diffusion writes), at t = 1 almost not
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 EPSILON = 1e-3  # keeps t away from 0, where the weight of the diffusion term is infinite for alpha_0 = 1
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples mod 1 fill [0, 1) most evenly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,16 @@ def stratified_times(
 ) -> Float64[Tensor, "*shape"]:
     """Times in [EPSILON, 1], one in each of `total` equal strata: `(u/n + i/n) mod 1`, then shifted off zero."""
     return EPSILON + (1 - EPSILON) * ((uniform / total + index / total) % 1)
+
+
+def spread_times(shift: float, index: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """Times in [EPSILON, 1], spread evenly over any run of indices: `(shift + index * golden ratio) mod 1`, shifted off
+    zero.
+
+    For scoring: with a uniform `shift` the time of every text is uniform by itself, so that estimates over texts in a
+    fixed order are unbiased. Stratified times tie a text to its stratum; in training texts come in random order.
+    """
+    return EPSILON + (1 - EPSILON) * ((shift + index * _GOLDEN) % 1)
 
 
 def reveal_counts(count: int, alpha_0: float, num_steps: int | None, rng: np.random.Generator) -> np.ndarray:

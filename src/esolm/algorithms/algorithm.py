@@ -135,6 +135,13 @@ class Plan:
     def num_steps(self) -> int:
         return len(self.start)
 
+    @property
+    def rows_fed(self) -> np.ndarray:
+        """Rows that each step feeds: all up to `shown` but those that the steps before left in the cache."""
+        kept: np.ndarray = np.concatenate((np.zeros_like(self.closed[:1]), self.closed[:-1]))
+        fed: np.ndarray = self.shown - kept
+        return fed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm(ABC):
@@ -144,6 +151,11 @@ class Algorithm(ABC):
     @abstractmethod
     def bound_is_exact(self) -> bool:
         """Is the bound the log-likelihood itself (nothing is written by diffusion)?"""
+
+    @property
+    @abstractmethod
+    def one_pass(self) -> bool:
+        """Has it an exact likelihood under each of its orders in one pass (`exact`, `orders`)?"""
 
     @property
     @abstractmethod

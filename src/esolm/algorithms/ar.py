@@ -31,6 +31,10 @@ class AR(Algorithm):
         return True
 
     @property
+    def one_pass(self) -> bool:
+        return True
+
+    @property
     def length_multiple(self) -> int:
         return 1
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from esolm.algorithms.algorithm import Algorithm, Batch, Plan, Request, View, clean_tokens, padded, refuse
 from esolm.denoiser import Config
 from esolm.noise import Noise
-from esolm.schedule import stratified_times
+from esolm.schedule import spread_times, stratified_times
 from esolm.types import TextFlags
 
 _TIMES, _MASKS = 0, 1  # purposes of the noise
@@ -45,6 +45,10 @@ class BD3LM(Algorithm):
         return False
 
     @property
+    def one_pass(self) -> bool:
+        return False
+
+    @property
     def length_multiple(self) -> int:
         return self.block_size
 
@@ -52,18 +56,23 @@ class BD3LM(Algorithm):
         self._num_blocks(config.length)
 
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        return (self._view(batch, noise, mask_id),)
+        index = self._index(batch, noise)
+        blocks = index.shape[1]
+        t = stratified_times(noise.uniform(_TIMES, blocks), index, noise.total * blocks)
+        return (self._view(batch, t, noise, mask_id),)
 
     def bound(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        return (self._view(batch, noise, mask_id),)
+        return (self._view(batch, spread_times(noise.shared(_TIMES), self._index(batch, noise)), noise, mask_id),)
 
-    def _view(self, batch: Batch, noise: Noise, mask_id: int) -> View:
-        length, blocks = batch.tokens.shape[1], self._num_blocks(batch.tokens.shape[1])
-        block = torch.arange(blocks, dtype=torch.float64)
-        index = torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None] * blocks + block
-        t = stratified_times(noise.uniform(_TIMES, blocks), index, noise.total * blocks)
+    def _index(self, batch: Batch, noise: Noise) -> Float64[Tensor, "batch block"]:
+        """Each block's number among all blocks of the global batch: every block has a time of its own."""
+        blocks = self._num_blocks(batch.tokens.shape[1])
+        rows = torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None]
+        return rows * blocks + torch.arange(blocks, dtype=torch.float64)
+
+    def _view(self, batch: Batch, t: Float64[Tensor, "batch block"], noise: Noise, mask_id: int) -> View:
         mask_probability = t.repeat_interleave(self.block_size, dim=1)
-        clean = clean_tokens(batch, 1 - mask_probability, noise.uniform(_MASKS, length))
+        clean = clean_tokens(batch, 1 - mask_probability, noise.uniform(_MASKS, batch.tokens.shape[1]))
         return self.view_of(batch, clean, mask_probability, mask_id)
 
     def view_of(

@@ -35,7 +35,7 @@ from esolm.algorithms.algorithm import (
 )
 from esolm.noise import Noise
 from esolm.order import apply, by_group, ramp
-from esolm.schedule import LogLinear, stratified_times
+from esolm.schedule import LogLinear, spread_times, stratified_times
 from esolm.types import TextFlags, Texts
 
 _TIMES, _MASKS, _ORDER = 0, 1, 2  # purposes of the noise
@@ -61,6 +61,10 @@ class EsoLM(Algorithm):
     @property
     def bound_is_exact(self) -> bool:
         return self.alpha_0 == 0
+
+    @property
+    def one_pass(self) -> bool:
+        return self.variant == "B" or self.alpha_0 == 0
 
     @property
     def length_multiple(self) -> int:
@@ -96,7 +100,7 @@ class EsoLM(Algorithm):
     def bound(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
         length = batch.tokens.shape[1]
         index = torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None]
-        t = stratified_times(noise.uniform(_TIMES, 1), index, noise.total)
+        t = spread_times(noise.shared(_TIMES), index)
         masks, keys = noise.uniform(_MASKS, length), noise.uniform(_ORDER, length)
         views = []
         if self.alpha_0 > 0:
@@ -115,7 +119,12 @@ class EsoLM(Algorithm):
 
     def orders(self, batch: Batch, noise: Noise) -> Int64[Tensor, "batch length"]:
         """Given tokens, then a share of about `alpha_0` shuffled (what diffusion writes), then the rest in reading
-        order."""
+        order. ValueError for (A) unless it writes nothing by diffusion: see `exact`."""
+        if not self.one_pass:
+            raise ValueError(
+                f"EsoLM (A) with alpha_0 {self.alpha_0} rereads what diffusion wrote in each step, which one pass "
+                "cannot score: use its bound (NELBO)"
+            )
         length = batch.tokens.shape[1]
         alpha = torch.full((len(batch.tokens), 1), self.alpha_0, dtype=torch.float64)
         masked = ~clean_tokens(batch, alpha, noise.uniform(_MASKS, length))

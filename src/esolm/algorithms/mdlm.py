@@ -20,7 +20,7 @@ from torch import Tensor
 
 from esolm.algorithms.algorithm import Algorithm, Batch, Plan, Request, View, clean_tokens, padded, refuse
 from esolm.noise import Noise
-from esolm.schedule import LogLinear, stratified_times
+from esolm.schedule import LogLinear, spread_times, stratified_times
 from esolm.types import TextFlags
 
 _TIMES, _MASKS = 0, 1  # purposes of the noise
@@ -37,18 +37,21 @@ class MDLM(Algorithm):
         return False
 
     @property
+    def one_pass(self) -> bool:
+        return False
+
+    @property
     def length_multiple(self) -> int:
         return 1
 
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        return (self._view(batch, noise, mask_id, weighted=not self.low_variance),)
+        t = stratified_times(noise.uniform(_TIMES, 1), _rows(noise), noise.total)
+        return (self._view(batch, t, noise, mask_id, weighted=not self.low_variance),)
 
     def bound(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        return (self._view(batch, noise, mask_id, weighted=True),)
+        return (self._view(batch, spread_times(noise.shared(_TIMES), _rows(noise)), noise, mask_id, weighted=True),)
 
-    def _view(self, batch: Batch, noise: Noise, mask_id: int, *, weighted: bool) -> View:
-        index = torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None]
-        t = stratified_times(noise.uniform(_TIMES, 1), index, noise.total)
+    def _view(self, batch: Batch, t: Float64[Tensor, "batch 1"], noise: Noise, mask_id: int, *, weighted: bool) -> View:
         clean = clean_tokens(batch, LogLinear().alpha(t), noise.uniform(_MASKS, batch.tokens.shape[1]))
         return self.view_of(batch, clean, t, mask_id, weighted=weighted)
 
@@ -93,3 +96,7 @@ class MDLM(Algorithm):
             shown=np.full(len(stop), length),
             sequential=np.zeros(len(stop), dtype=bool),
         )
+
+
+def _rows(noise: Noise) -> Float64[Tensor, "batch 1"]:
+    return torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None]
