@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esolm.attention import relation
+from esolm.attention import Relation, attends, relation
 from esolm.denoiser import Config, Denoiser
 from esolm.inference import Inference, describe, prepared
 from esolm.products import chosen, half_runs
@@ -39,9 +39,11 @@ def logits(network, *, cached: bool) -> torch.Tensor:
             return network.logits(network(tokens, positions, relation(stage, public)))
         cache, found = network.cache(2, 10), []
         for part in (slice(0, 4), slice(4, 5), slice(5, 10)):
-            who = cache.place(stage[:, part], public[:, part])
-            found.append(network.logits(network(tokens[:, part], positions[:, part], who, cache)))
-            cache.truncate(cache.lengths + found[-1].shape[1])
+            rows = tokens[:, part]
+            cache.place(rows.shape[1])
+            mask = attends(stage[:, part], public[:, part], stage[:, : part.stop], public[:, : part.stop])
+            found.append(network.logits(network(rows, positions[:, part], Relation(mask=mask[:, None]), cache)))
+            cache.truncate(cache.lengths + rows.shape[1])
         return torch.cat(found, dim=1)
 
 

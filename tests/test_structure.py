@@ -35,7 +35,7 @@ LEVELS = (
     "demo",
     "__init__ cli.parsing",
     "cli.terminal",
-    "cli.learning cli.measuring cli.writing",
+    "cli.learning cli.measuring cli.timing cli.writing",
     "cli",
     "__main__",
 )

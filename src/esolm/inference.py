@@ -2,8 +2,8 @@
 
 At a few rows most of a step would go to Python and to small kernels, not to the weights. So on a CPU the network is
 plain objects in a list, its products are laid out beforehand (products.py), and the residual stream, norms, attention
-and its cache stay in float32, which is as fast there for a few rows. On other devices it is the denoiser itself, in bf16
-where that is faster. It learns nothing, and does not follow the denoiser that it was made from.
+and its cache stay in float32, which is as fast there for a few rows. On other devices it is the denoiser itself, in
+bf16 where that is faster. It learns nothing, and does not follow the denoiser that it was made from.
 """
 
 import copy
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from esolm.attention import Relation, attention
+from esolm.attention import Relation
 from esolm.cache import Cache
 from esolm.calibrate import capability
 from esolm.denoiser import Block, Config, Denoiser, rotate
@@ -48,6 +48,7 @@ class Inference:
         self._embedding = denoiser.embed.weight.detach().to(kept, copy=True)
         self._angles = torch.stack((denoiser.cos, denoiser.sin), dim=1)
         self._layers = [_Layer.of(block, dtype) for block in denoiser.blocks if isinstance(block, Block)]
+        self._reads, self._never = torch.tensor(0.0), torch.tensor(-torch.inf)
         self._last = _norm_of(denoiser.norm)
         self._head = packed(denoiser.head, dtype)
 
@@ -67,11 +68,12 @@ class Inference:
         """As `Denoiser.forward`."""
         h = F.embedding(tokens, self._embedding).float()
         cos, sin = self._angles[positions][:, :, None].unbind(3)
+        bias = None if who.mask is None else torch.where(who.mask, self._reads, self._never)  # as each layer wants it
         for number, layer in enumerate(self._layers):
             q, k, v = self._heads(layer, layer.qkv(self._normed(h, layer.norm1)), cos, sin)
             if cache is not None:
                 k, v = cache.update(number, k, v)
-            h = h + layer.out(attention(q, k, v, who).transpose(1, 2).flatten(2))
+            h = h + layer.out(_attention(q, k, v, bias, who.causal).transpose(1, 2).flatten(2))
             up = layer.up(self._normed(h, layer.norm2))
             if self.config.gated:
                 gate, up = up.chunk(2, dim=-1)
@@ -150,6 +152,11 @@ class _Layer:
 def _norm_of(norm: nn.LayerNorm | nn.RMSNorm) -> _Norm:
     bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
     return norm.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
 
 
 def _rms_normed(x: Tensor, weight: Tensor, config: Config) -> Tensor:

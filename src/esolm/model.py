@@ -20,7 +20,7 @@ from esolm.algorithms.algorithm import Algorithm, Batch, Request
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
 from esolm.inference import describe, prepared
-from esolm.noise import Noise
+from esolm.noise import Noise, generator
 from esolm.order import Positions, Uniform
 from esolm.products import Dtype
 from esolm.sample import Reveal, Written
@@ -97,7 +97,8 @@ class Model:
             )
         algorithm.check(denoiser.config)
         self.denoiser = denoiser.eval()  # in float32, to score with
-        self.writer = prepared(denoiser, dtype)  # as it is fastest here, to write with
+        rows = algorithm.plan(Request(length=denoiser.config.length), generator(0)).rows_fed.mean()
+        self.writer = prepared(denoiser, dtype, rows=round(float(rows)))  # as it is fastest here, to write with
         self.algorithm = algorithm
         self.tokenizer = tokenizer
         self.facts = facts or {}

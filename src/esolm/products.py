@@ -6,8 +6,8 @@
     bfloat16   laid out for oneDNN, rows rounded as well   2                in the last bits
     int8       a bf16 scale an output, rows rounded        1                in the last bits
 
-They take and give float32 rows, on a CPU; `inference` makes networks of them. What each costs in time and in perplexity:
-`esolm bench`, docs/log.md.
+They take and give float32 rows, on a CPU; `inference` makes networks of them. What each costs in time and in
+perplexity: `esolm bench`, docs/log.md.
 """
 
 from abc import ABC, abstractmethod
@@ -113,7 +113,7 @@ class Packed(Product):
         self._dtype = dtype
         self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
         self._bias = None if linear.bias is None else linear.bias.detach().to(dtype, copy=True)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._product = torch.ops.mkldnn._linear_pointwise.default._op
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs).to(self._dtype)
@@ -133,7 +133,7 @@ class Half(Product):
         super().__init__(linear)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self._weight = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach().float(), bias)
-        self._product = torch.ops.quantized.linear_dynamic_fp16.default
+        self._product = torch.ops.quantized.linear_dynamic_fp16.default._op  # what wraps it costs 5 us a call
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim == 1:

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from esolm.algorithms.algorithm import Algorithm, Phase, Plan, Request
-from esolm.attention import PADDING, relation
+from esolm.attention import PADDING, Relation, attends, relation
 from esolm.draw import draw, draw_rows
 from esolm.inference import Network
 from esolm.noise import generator, uniforms
 
 _PLAN, _TOKENS = 0, 1  # purposes of a request's random numbers
 _DRAWN_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
-_STEPS_AT_ONCE, _FED_AT_ONCE = 256, 2**14  # steps, and rows of each text in them, whose places are found together
+_STEPS_AT_ONCE, _READ_AT_ONCE = 256, 2**22  # steps, and entries of their masks, that are found together
 _NOWHERE = np.iinfo(np.int64).max
 
 
@@ -95,7 +95,7 @@ class Writer:
         self._same_draw = len({request.draw for request in requests}) == 1
         self._first_free = np.array([request.free[0] if len(request.free) else 0 for request in requests])
         self._stops = np.array([request.stop_at_end for request in requests]) & (end_id is not None)
-        self._first_end = np.full(len(requests), _NOWHERE)
+        self._first_end, self._ending = np.full(len(requests), _NOWHERE), False
         if end_id is not None:
             self._find_ends(*(self._tokens[:, :-1] == end_id).nonzero())
         self._step = 0
@@ -145,11 +145,10 @@ class Writer:
         rows = self._feed.rows(self._step)
         held = self._tokens[self._texts[:, None], rows.rank - self._plans.shifted]
         tokens = torch.from_numpy(held).to(self.denoiser.device)
-        if self._cache is None or not rows.caches:
-            who, kept = relation(rows.stage, rows.public), None
-        else:
-            who, kept = self._cache.place(rows.stage, rows.public), self._cache
-        hidden: torch.Tensor = self.denoiser(tokens, rows.positions, who, kept)
+        kept = self._cache if rows.caches else None
+        if kept is not None:
+            kept.place(held.shape[1])
+        hidden: torch.Tensor = self.denoiser(tokens, rows.positions, rows.who, kept)
         return hidden.flatten(0, 1)[rows.drawn], rows.drawn_text, rows.drawn_rank
 
     def accept(self, text: np.ndarray, rank: np.ndarray, tokens: np.ndarray) -> None:
@@ -159,11 +158,12 @@ class Writer:
         self.nfe[at] += 1
         if self._cache is not None:
             self._cache.truncate(self._plans.closed[at, self._step])
-        if self._end_id is not None:
-            ends = (tokens == self._end_id).nonzero()[0]
-            self._find_ends(at[text[ends]], rank[ends])
         self._step += 1
-        self._drop_finished()
+        ends = () if self._end_id is None else (tokens == self._end_id).nonzero()[0]
+        if len(ends):
+            self._find_ends(at[text[ends]], rank[ends])
+        if self._ending or self._step == self._next_done:
+            self._drop_finished()
 
     def texts(self) -> list[Written]:
         """The texts as they stand, in the order of the requests: masks where nothing is written yet."""
@@ -185,6 +185,7 @@ class Writer:
         position = self._plans.order[text, rank]
         ending = position >= self._first_free[text]
         np.minimum.at(self._first_end, text[ending], position[ending])
+        self._ending = self._ending or bool(ending.any())
 
     def _drop_finished(self) -> None:
         """Leave texts whose plan is done, or that are written up to their first end-of-text token."""
@@ -193,6 +194,7 @@ class Writer:
         if unfinished.any():
             written = plans.start[at, min(self._step, plans.start.shape[1] - 1)]
             unfinished &= ~self._stops[at] | (self._first_end[at] >= plans.first_unwritten[at, written])
+        self._next_done = int(plans.num_steps[at[unfinished]].min(initial=_NOWHERE))
         if unfinished.all():
             return
         kept = unfinished.nonzero()[0]
@@ -215,8 +217,7 @@ class _Rows:
 
     rank: np.ndarray  # [text, row]
     positions: torch.Tensor
-    stage: torch.Tensor
-    public: torch.Tensor
+    who: Relation
     caches: bool  # does any text keep rows?
     drawn: torch.Tensor  # rows to draw, counted through the texts
     drawn_text: np.ndarray
@@ -225,26 +226,32 @@ class _Rows:
 
 class _Feed:
     """What the next steps of the unfinished texts feed, `first` up to `last`. It follows from the plans alone, so it is
-    found for many steps at once: step by step it would take longer than a small network."""
+    found for many steps at once: step by step it would take longer than a small network.
+
+    The row of rank `r` has slot `r` of the cache, so the rows that are read are known too, the kept ones included.
+    """
 
     def __init__(self, plans: "_Tables", texts: np.ndarray, first: int, device: torch.device) -> None:
-        last = min(first + _STEPS_AT_ONCE, int(plans.num_steps[texts].min()))
-        count: np.ndarray = (plans.shown - plans.kept)[texts, first:last].max(0)
-        last = first + max(1, int((np.maximum.accumulate(count) * np.arange(1, len(count) + 1) <= _FED_AT_ONCE).sum()))
-        self.first, self.last = first, last
-        self._count = count[: last - first].tolist()
-        kept, closed, start, stop, shown = (table[texts, first:last].T[:, :, None] for table in plans.boundaries)
+        self.first = first
+        self.last = self._count_steps(plans, texts)
+        kept, closed, start, stop, shown = (table[texts, first : self.last].T[:, :, None] for table in plans.boundaries)
+        self._count = (shown - kept).max((1, 2)).tolist()
+        self._used = (kept.max((1, 2)) + self._count).tolist()
+        self._caches: list[bool] = (closed.max((1, 2)) > 0).tolist()
         rank = kept + np.arange(max(self._count))  # [step, text, row]
-        real = rank < shown
         drawn: np.ndarray = (rank >= start) & (rank < stop)
         text, self._rank = texts[:, None], np.minimum(rank, plans.order.shape[1] - 1)
-        stage = np.where(rank < start, plans.token_stage[text, self._rank], plans.mask_stage[text, self._rank])
+        real = torch.from_numpy(rank < shown)
+        self._stage, self._public = plans.rows(text, self._rank, start, closed)
+        self._stage.masked_fill_(~real, PADDING)
+        self._public &= real
         self._positions = torch.from_numpy(plans.order[text, self._rank]).to(device)
-        self._stage = torch.from_numpy(np.where(real, stage, PADDING)).to(device)
-        self._public = torch.from_numpy(real & ((rank < closed) | plans.masks_public)).to(device)
-        self._caches = [bool(step.any()) for step in closed]
+        if any(self._caches):
+            slot = np.arange(max(self._used))[None, None]
+            holds = plans.rows(text, np.minimum(slot, plans.order.shape[1] - 1), start, closed)
+            self._mask = self._who_reads(*holds, slot < shown, real).to(device)
         step, self._drawn_text, self._drawn_row = drawn.nonzero()
-        self._drawn_at = np.searchsorted(step, np.arange(last - first + 1)).tolist()
+        self._drawn_at = np.searchsorted(step, np.arange(self.last - first + 1)).tolist()
         self._flat = torch.from_numpy(self._drawn_text * np.array(self._count)[step] + self._drawn_row).to(device)
 
     def rows(self, step: int) -> _Rows:
@@ -255,13 +262,37 @@ class _Feed:
         return _Rows(
             rank=self._rank[at, :, :count],
             positions=self._positions[at, :, :count],
-            stage=self._stage[at, :, :count],
-            public=self._public[at, :, :count],
+            who=self._who(at),
             caches=self._caches[at],
             drawn=self._flat[drawn],
             drawn_text=text,
             drawn_rank=self._rank[at, text, row],
         )
+
+    def _who(self, at: int) -> Relation:
+        count = self._count[at]
+        if not self._caches[at]:
+            device = self._positions.device
+            return relation(self._stage[at, :, :count].to(device), self._public[at, :, :count].to(device))
+        mask = self._mask[at, :, :count, : self._used[at]]
+        return Relation() if not mask.is_cuda and bool(mask.all()) else Relation(mask=mask[:, None])
+
+    def _count_steps(self, plans: "_Tables", texts: np.ndarray) -> int:
+        """The last step such that the masks of all of them stay small."""
+        last = min(self.first + _STEPS_AT_ONCE, int(plans.num_steps[texts].min()))
+        kept, shown = plans.kept[texts, self.first : last].max(0), plans.shown[texts, self.first : last].max(0)
+        count = (plans.shown - plans.kept)[texts, self.first : last].max(0)
+        each = np.maximum.accumulate(count) * np.maximum.accumulate(np.maximum(kept + count, shown)) * len(texts)
+        return self.first + max(1, int((each * np.arange(1, len(each) + 1) <= _READ_AT_ONCE).sum()))
+
+    def _who_reads(
+        self, stage: torch.Tensor, public: torch.Tensor, filled: np.ndarray, real: torch.Tensor
+    ) -> torch.Tensor:
+        """`[step, text, row, slot]`. Rows that fill the pass read everything: to read nothing would be NaN."""
+        mask = attends(*(rows.flatten(0, 1) for rows in (self._stage, self._public, stage, public)))
+        mask &= torch.from_numpy(filled).flatten(0, 1)[:, None]
+        mask |= ~real.flatten(0, 1)[:, :, None]
+        return mask.view(*real.shape, -1)
 
 
 class _Tables:
@@ -285,6 +316,14 @@ class _Tables:
             unwritten[text, len(plan.order) :] = _NOWHERE
         self.first_unwritten = np.minimum.accumulate(unwritten[:, ::-1], axis=1)[:, ::-1]
         self.capacity = self._capacity()
+
+    def rows(
+        self, text: np.ndarray, rank: np.ndarray, start: np.ndarray, closed: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage of the rows at these ranks, and whether they are public, in steps with these boundaries."""
+        stage = np.where(rank < start, self.token_stage[text, rank], self.mask_stage[text, rank])
+        public = np.broadcast_to((rank < closed) | self.masks_public, stage.shape)
+        return torch.from_numpy(stage), torch.from_numpy(public.copy())
 
     def _capacity(self) -> int:
         """Cache rows that the batch needs at its fullest step: what is kept in any text, and the rows of any text."""

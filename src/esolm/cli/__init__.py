@@ -17,6 +17,7 @@ from esolm import __version__
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
+from esolm.cli.timing import bench, bench_training
 from esolm.cli.writing import infill, sample
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -28,6 +29,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "info": info,
     "verify": verify,
+    "bench": bench,
+    "bench-training": bench_training,
 }
 
 
