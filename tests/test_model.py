@@ -3,14 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import esolm
-from esolm import checkpoint
-from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM
+from esolm import checkpoint, likelihood
+from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM, Request
 from esolm.denoiser import Config, Denoiser
 from esolm.model import Model, load
+from esolm.noise import generator
 from esolm.optim import Config as Optim
 from esolm.tokenizer import Tokenizer
 from esolm.train import Run, description
@@ -76,6 +78,80 @@ def test_the_width_of_a_gap_is_its_underscores_or_what_is_asked():
     assert model.gaps("a ___b").given == {0: ord("a"), 4: ord("b")}
 
 
+@pytest.mark.parametrize("algorithm", [MDLM(), BD3LM(block_size=4), EsoLM(variant="A"), EsoLM()], ids=repr)
+@pytest.mark.parametrize("text", ["__", "____ be", "to ___", "__a__", "é__ß____ü—", "a_b __ c_d", "x\n__\ny"])
+def test_blanks_may_stand_anywhere_in_a_text_of_any_length(algorithm, text):
+    """BD3-LM refused a text with blanks whose tokens do not fill its blocks, which no user can see or mend."""
+    model = model_of(algorithm)
+    request = model.gaps(text)
+    assert request.length == len(text.replace(" __", "__").encode())
+    (written,) = model.complete([request])
+    assert len(written.tokens) == request.length
+    assert all(written.tokens[place] == token for place, token in request.given.items())
+    first, last = text.replace(" __", "__").split("__")[0], text.rpartition("__")[2]
+    filled = model.infill(text)
+    assert filled.startswith(first) and filled.endswith(last)
+
+
+def test_a_text_with_blanks_is_filled_as_written_alone_or_in_company():
+    model = model_of(BD3LM(block_size=4))
+    requests = [replace(model.gaps(text), seed=3) for text in ("a____b__", "__ of all", "abcdefg____h")]
+    together = model.complete(requests)
+    for request, written in zip(requests, together, strict=True):
+        assert written.tokens.tolist() == model.complete([request])[0].tokens.tolist()
+
+
+def test_a_text_that_ends_inside_a_block_shows_no_mask_behind_its_end():
+    """The mask rows of a text of six tokens in blocks of four: four, then two, as its padded view has them."""
+    model = model_of(BD3LM(block_size=4))
+    plan = model.algorithm.plan(Request(length=6, num_steps=1), generator(0))
+    assert plan.shown.tolist() == [4, 6] and plan.stop.tolist() == [4, 6]
+
+
+def test_an_autoregressive_model_fills_a_blank_at_the_end_only():
+    model = model_of(AR())
+    assert model.infill("so ____").startswith("so")
+    for text in ("__ so", "so __ it", "a __ b __"):
+        with pytest.raises(ValueError, match="AR takes a prefix only"):
+            model.infill(text)
+    with pytest.raises(ValueError, match="AR takes a prefix only"):
+        model.sample(suffix="end")
+
+
+def test_a_length_that_is_asked_for_fills_whole_blocks():
+    with pytest.raises(ValueError, match=r"length 6 is not divisible by block_size 4.* use a length of 4"):
+        model_of(BD3LM(block_size=4)).sample(length=6)
+
+
+@pytest.mark.parametrize("prompt", ["x" * 32, "é" * 16])
+def test_a_prompt_that_fills_the_text_is_the_text(prompt):
+    assert model_of(EsoLM()).sample(2, prompt=prompt) == [prompt, prompt]
+
+
+def test_an_exact_score_takes_one_pass_and_a_bound_as_many_as_asked(monkeypatch):
+    rows = []
+    nelbo = likelihood.nelbo
+
+    def counted(denoiser, algorithm, batch, noise):
+        rows.append(len(batch.tokens))
+        return nelbo(denoiser, algorithm, batch, noise)
+
+    monkeypatch.setattr(likelihood, "nelbo", counted)
+    model_of(AR()).score("text", samples=7)
+    model_of(MDLM()).score("text", samples=7)
+    assert rows == [1, 7]
+
+
+@pytest.mark.parametrize("algorithm", [MDLM(), BD3LM(block_size=4), EsoLM(variant="A"), EsoLM()], ids=repr)
+def test_the_error_of_a_score_is_how_much_scores_differ_or_less(algorithm):
+    """Draws of one text share its range of times, so their mean differs less than that of independent ones."""
+    model = model_of(algorithm)
+    scores = [model.score("some text", samples=8, seed=seed) for seed in range(60)]
+    spread = float(np.std([score.nats for score in scores]))
+    error = float(np.sqrt(np.mean([score.standard_error**2 for score in scores])))
+    assert 0.3 * error < spread < 1.3 * error
+
+
 def test_a_suffix_stands_at_the_end():
     (text,) = model_of(EsoLM()).sample(prompt="A", suffix="Z.", length=12)
     assert text[0] == "A" and text.endswith("Z.")
@@ -117,6 +193,10 @@ def test_info_tells_what_it_is_and_how_it_was_trained(tmp_path):
         (lambda m: m.infill("_" * 40), "the model holds 32"),
         (lambda m: m.score(""), "no text to score"),
         (lambda m: m.sample(alpha_0=-0.1), "alpha_0 must lie in"),
+        (lambda m: m.infill("a __", prompt="b", length=8), "takes no length or prompt"),
+        (lambda m: m.infill("a __", tokens=0), "tokens must be at least 1"),
+        (lambda m: m.score("a", samples=0), "samples must be at least 1"),
+        (lambda m: m.score("\ud800"), "half a surrogate pair"),
     ],
 )
 def test_what_the_model_cannot_do_is_said(call, words):

@@ -128,6 +128,12 @@ class Model:
         (None: as trained). ValueError for what the model cannot do.
         """
         length = self.length if length is None else length
+        multiple = self.algorithm.length_multiple
+        if length > 0 and length % multiple:
+            raise ValueError(
+                f"length {length} is not divisible by block_size {multiple}, in which the model writes: "
+                f"use a length of {max(1, length // multiple) * multiple}"
+            )
         first, last = self.tokenizer.encode(prompt), self.tokenizer.encode(suffix)
         if len(first) + len(last) > min(length, self.length):
             raise ValueError(
@@ -149,8 +155,12 @@ class Model:
     def gaps(self, text: str, *, tokens: int | None = None, **options: Any) -> Request:
         """A text with blanks (two or more underscores) to fill: each of `tokens` tokens, or one for each underscore.
 
-        A space before a blank is the model's to write, since its tokens begin with their space.
+        A space before a blank is the model's to write, since its tokens begin with their space. `options` are those of
+        `request` but the ones that the text decides: prompt, suffix and length. In BD3-LM the last block ends with the
+        text. ValueError for AR unless the only blank stands at the end.
         """
+        if decided := sorted({"prompt", "suffix", "length"} & set(options)):
+            raise ValueError(f"a text with blanks takes no {' or '.join(decided)}: write it into the text")
         given: dict[int, int] = {}
         at = 0
         if tokens is not None and tokens < 1:
@@ -167,7 +177,7 @@ class Model:
                 at += blank if tokens is None else tokens
         if at > self.length:
             raise ValueError(f"the text has {at} tokens with its blanks, the model holds {self.length}: shorten it")
-        return replace(self.request(length=at, **options), given=given, stop_at_end=False)
+        return replace(self.request(**options), length=at, given=given, stop_at_end=False)
 
     def write(self, requests: Sequence[Request]) -> Iterator[Reveal]:
         """Write texts together, yielding what each step reveals."""
@@ -195,20 +205,25 @@ class Model:
         return self.tokenizer.decode(written.tokens.tolist())
 
     def score(self, text: str, *, samples: int = 16, seed: int = 0) -> Score:
-        """How likely a text is: exactly for AR, else the NELBO from `samples` draws with its Monte Carlo error.
+        """How likely a text is: exactly where nothing is written by diffusion (AR), else the NELBO from `samples` draws
+        with its Monte Carlo error (NaN for one draw).
 
-        A text longer than the model is scored window by window, each without what came before it.
+        A text longer than the model is scored window by window, each without what came before it. End-of-text is not
+        scored; `evaluate` scores it too.
         """
         ids = self.tokenizer.encode(text)
         if not ids:
             raise ValueError("there is no text to score: it is empty")
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        exact = self.algorithm.bound_is_exact
+        samples = 1 if exact else samples
         nats, variance = 0.0, 0.0
         for at in range(0, len(ids), self.length):
             batch = self._repeated(ids[at : at + self.length], samples)
             each = likelihood.nelbo(self.denoiser, self.algorithm, batch, _draws(seed, at, samples))
             nats += float(each.mean())
             variance += float(each.var()) / samples if samples > 1 else float("nan")
-        exact = self.algorithm.bound_is_exact
         return Score(
             kind="exact" if exact else "NELBO",
             nats=nats,

@@ -3,7 +3,8 @@
     sum_b E_t sum_{l in b masked} (1 / t) (-log p(x_l | z_t of block b, x of the blocks before))
 
 `block_size = 1` writes one token a step from left to right, `block_size = length` is masked diffusion. Finished blocks
-are cached. A given token is read by its own block and later ones, not by those before it.
+are cached. A given token is read by its own block and later ones, not by those before it. A text that is written may
+end inside a block, as a padded one does in training.
 
     z0 z1|z2 z3|x0 x1    z private, x public, stage = position // 2; the last block of x is read by nobody and not fed
     #  # .  .  .  .
@@ -100,11 +101,10 @@ class BD3LM(Algorithm):
 
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         refuse(self, request, alpha_0="its blocks are written by diffusion")
-        self._num_blocks(request.length)
         orders, steps = [], []
         fixed, free = request.fixed, request.free
         for begin in range(0, request.length, self.block_size):
-            end = begin + self.block_size
+            end = min(begin + self.block_size, request.length)
             given = fixed[(fixed >= begin) & (fixed < end)]
             block = free[(free >= begin) & (free < end)]
             written, counts = request.positions.choose(block, 1.0, request.num_steps, rng)
