@@ -15,7 +15,7 @@ from esolm import train as train_module
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
 from esolm.algorithms.algorithm import Batch
 from esolm.data import Loader
-from esolm.denoiser import Config, Denoiser
+from esolm.denoiser import Config, Denoiser, _Dropout
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
 from esolm.shards import tokenize, tokenize_pairs
@@ -64,10 +64,13 @@ def test_every_method_learns(tmp_path, loader, algorithm):
     assert found[-1] < found[0] < 6.0
 
 
-def test_a_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path, loader):
-    whole = run_of(tmp_path / "whole", loader, settings())
-    run_of(tmp_path / "parts", loader, settings(num_steps=4))
-    parts = run_of(tmp_path / "parts", loader, settings(), resume=True)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_that_is_resumed_is_the_same_run_bit_for_bit(tmp_path, loader, dropout):
+    network = replace(NETWORK, dropout=dropout)
+    whole = run_of(tmp_path / "whole", loader, settings(network=network))
+    run_of(tmp_path / "parts", loader, settings(network=network, num_steps=4))
+    torch.rand(3)  # whatever else draws numbers in this process
+    parts = run_of(tmp_path / "parts", loader, settings(network=network), resume=True)
     first, second = (checkpoint.load(outcome.path) for outcome in (whole, parts))
     for name in ("model", "ema", "optim"):
         ours, theirs = getattr(first, name), getattr(second, name)
@@ -89,6 +92,34 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(loader, algorithm):
         assert terms == pytest.approx(gradients[0][0], rel=1e-5)
         for ours, theirs in zip(gradients[0][1], found, strict=True):
             assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_dropout_differs_from_step_to_step_and_seed_to_seed_and_touches_no_global_state(loader):
+    batch, network = loader.batch(0, 0, 8, 8), Denoiser(replace(NETWORK, dropout=0.5), torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    run = settings(network=network.config, algorithm=AR())  # AR's own views draw nothing
+    found = [learn(r, network, batch, step) for r, step in ((run, 0), (run, 0), (run, 1), (replace(run, seed=1), 0))]
+    assert found[0] == found[1]
+    assert len({term["sequential"] for term in found}) == 3
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_dropped_where_texts_are_scored(tmp_path, loader):
+    plain, dropping = (
+        run_of(tmp_path / str(rate), loader, settings(network=replace(NETWORK, dropout=rate), num_steps=1))
+        for rate in (0.0, 0.5)
+    )
+    ours, theirs = plain.validation, dropping.validation
+    assert ours is not None and theirs is not None
+    assert ours.nats_per_token == pytest.approx(theirs.nats_per_token, abs=0.02)  # one update apart
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    drop = _Dropout(0.1, torch.Generator().manual_seed(0))
+    found = drop(torch.ones(100_000))
+    assert float((found == 0).float().mean()) == pytest.approx(0.1, abs=0.005)
+    assert float(found.mean()) == pytest.approx(1, abs=0.005)
+    assert float(drop(torch.ones(10_000, dtype=torch.bfloat16)).max()) == pytest.approx(1 / 0.9, rel=2**-9)
 
 
 def test_prompts_and_padding_carry_no_loss(loader):

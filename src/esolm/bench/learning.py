@@ -152,10 +152,10 @@ def work_of(view: View, network: Denoiser) -> Work:
     products = (config.layers - 1) * all_of_block * rows + (all_of_block - key_value) * targets + key_value * rows
     attention = config.heads * config.dim * ((config.layers - 1) * pairs + pairs_last)
     return Work(
-        fed=view.tokens.numel(),
-        rows=rows,
-        targets=targets,
-        flops=6 * (products + network.head.weight.numel() * targets) + 12 * attention,
+        fed=float(view.tokens.numel()),
+        rows=float(rows),
+        targets=float(targets),
+        flops=6.0 * (products + network.head.weight.numel() * targets) + 12.0 * attention,
     )
 
 
