@@ -65,7 +65,7 @@ def test_rows_are_plain_figures():
 
 def test_the_table_tells_how_many_times_mdlm_a_method_is():
     found = measured("mdlm", "esolm-b")
-    table = writing.table(found)
+    (table,) = writing.table(found).renderables
     slow, fast = found.rows
     assert list(table.columns[-1].cells) == ["1.0", f"{slow.seconds / fast.seconds:.1f}"]
 

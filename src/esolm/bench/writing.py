@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Table
 
@@ -73,6 +74,7 @@ class Row:
             "tokens_per_second": self.setting.batch * self.setting.length / self.seconds,
             "step_over_kernels": self.step / self.kernels,
             "kernels_over_bound": self.kernels / self.bound,
+            "step_over_bound": self.step / self.bound,
         }
         return {**setting, **told, **ratios}
 
@@ -114,28 +116,36 @@ def measure(
     return Writing(machine=found, rows=tuple(rows), repeats=repeats)
 
 
-def table(writing: Writing) -> Table:
-    """The rows as a table for the terminal, each beside the slowest method of its setting."""
-    shown = Table(title="speed of writing", title_justify="left")
-    for label in ("method", "L", "V", "batch", "T", "dtype"):
-        shown.add_column(label, justify="left" if label in ("method", "dtype") else "right")
-    for label in ("seconds", "tokens/s", "NFE", "ms/step", "step/kernels", "kernels/bound", "times MDLM"):
-        shown.add_column(label, justify="right")
-    slow = {row.setting: row.seconds for row in writing.rows if row.method == "mdlm"}
-    for row in writing.rows:
-        values, setting = row.values(), row.setting
+def table(writing: Writing) -> Group:
+    """A table for the terminal of each setting."""
+    settings = dict.fromkeys(row.setting for row in writing.rows)
+    return Group(*(_table(setting, [row for row in writing.rows if row.setting == setting]) for setting in settings))
+
+
+def _table(setting: Setting, rows: Sequence[Row]) -> Table:
+    """The methods in one setting: a step over its kernels and over the bound, and MDLM's time over the method's."""
+    steps = "one token a step" if setting.num_steps is None else f"{setting.num_steps:,} diffusion steps"
+    size = f"vocabulary {setting.vocab_size:,}, width {setting.width}, {setting.layers} layers"
+    together = f"{setting.batch} texts" if setting.batch > 1 else "a text"
+    title = f"{together} of {setting.length:,} tokens, {steps}; {size}"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for label in ("method", "dtype"):
+        shown.add_column(label, no_wrap=True)
+    for label in ("seconds", "tokens/s", "NFE", "ms/step", "/kernels", "/bound", "MDLM/it"):
+        shown.add_column(label, justify="right", no_wrap=True)
+    slow = next((row.seconds for row in rows if row.method == "mdlm"), None)
+    for row in rows:
+        values = row.values()
         shown.add_row(
             row.method,
-            *(f"{number:,}" for number in (setting.length, setting.vocab_size, setting.batch)),
-            "L" if setting.num_steps is None else f"{setting.num_steps:,}",
             row.dtype,
             f"{row.seconds:.3f}",
             f"{values['tokens_per_second']:,.0f}",
             f"{row.evaluations:.0f}",
             f"{1e3 * row.step:.2f}",
             f"{values['step_over_kernels']:.2f}",
-            f"{values['kernels_over_bound']:.2f}",
-            f"{slow[setting] / row.seconds:.1f}" if setting in slow else "",
+            f"{values['step_over_bound']:.2f}",
+            "" if slow is None else f"{slow / row.seconds:.1f}",
         )
     return shown
 

@@ -11,7 +11,7 @@ from esolm.cli.parsing import DtypeName, Flag, Maybe, MethodName
 from esolm.cli.terminal import bars, console, device_of, print_json, say
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from esolm.algorithms import Algorithm
     from esolm.bench.learning import Learning
@@ -165,7 +165,7 @@ def bench_training(
     _tell(found, learning.table(found), json=json)
 
 
-def _tell(found: "Writing | Learning", shown: "Table", *, json: bool) -> None:
+def _tell(found: "Writing | Learning", shown: "RenderableType", *, json: bool) -> None:
     """The machine and the rows: JSON lines, or a line and a table."""
     if json:
         print_json({"machine": asdict(found.machine), "repeats": found.repeats})
@@ -178,7 +178,7 @@ def _tell(found: "Writing | Learning", shown: "Table", *, json: bool) -> None:
     out = console(stderr=False)
     out.print(shown)
     out.print(
-        f"{machine.cpu}, {machine.threads} threads, medians of {found.repeats}; "
+        f"Medians of {found.repeats} on {machine.cpu}, {machine.threads} threads; "
         f"a large copy {machine.bandwidth / 1e9:.1f} GB/s; "
         f"products of many rows, GFLOP/s: {rates}; of one row, GB/s of weights: {reads}",
         highlight=False,
