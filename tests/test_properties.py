@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from esolm.draw import Draw, draw, draw_rows
 from esolm.noise import Noise, generator, uniforms
 from esolm.order import Interleaved, Uniform, apply, by_group, ramp, undo
-from esolm.schedule import EPSILON, LogLinear, reveal_counts, stratified_times
+from esolm.schedule import EPSILON, LogLinear, reveal_counts, spread_times, stratified_times
 
 QUICK = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -69,6 +69,25 @@ def test_positions_written_together_are_a_stride_apart():
     assert len(written) == 16
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, None])
+@pytest.mark.parametrize("alpha_0", [0.03, 0.25, 0.7, 0.9, 1.0])
+def test_interleaved_positions_are_the_share_that_is_asked_for(alpha_0, num_steps):
+    """With few steps strides were rounded: one step at alpha_0 = 0.7 wrote the whole text, and none was left to the
+    sequential phase."""
+    rng = generator(1)
+    counts = [len(Interleaved().choose(np.arange(37), alpha_0, num_steps, rng)[0]) for _ in range(400)]
+    assert np.mean(counts) == pytest.approx(37 * alpha_0, abs=0.01 + 4 * np.std(counts) / 20)
+    assert np.std(counts) < 7
+
+
+@QUICK
+@given(st.floats(0.05, 1), st.integers(1, 12), SEEDS)
+def test_interleaved_positions_of_a_step_are_at_least_a_stride_apart(alpha_0, num_steps, seed):
+    written, counts = Interleaved().choose(np.arange(64), alpha_0, num_steps, generator(seed))
+    for step in np.split(written, np.cumsum(counts)[:-1]):
+        assert (np.diff(step) >= math.floor(num_steps / alpha_0)).all()
+
+
 # --- the schedule
 
 
@@ -109,6 +128,23 @@ def test_stratified_times_fall_one_into_each_stratum(seed, total):
     assert ((t >= EPSILON) & (t <= 1)).all()
     strata = ((t - EPSILON) / (1 - EPSILON) * total).floor().long().clamp(max=total - 1)
     assert sorted(strata.tolist()) == list(range(total))
+
+
+@QUICK
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 10**6), st.integers(1, 200))
+def test_spread_times_leave_no_hole_larger_than_three_strata(shift, start, count):
+    index = torch.arange(start, start + count, dtype=torch.float64)
+    t = ((spread_times(shift, index) - EPSILON) / (1 - EPSILON)).sort().values
+    assert t[0] >= 0 and t[-1] < 1 + 1e-12
+    assert torch.cat((t.diff(), t[:1] + 1 - t[-1:])).max() < 3 / count
+
+
+@QUICK
+@given(SEEDS, st.integers(0, 9), st.integers(0, 50), st.integers(1, 5))
+def test_what_rows_share_is_the_same_for_all_of_them(seed, step, start, rows):
+    parts = [Noise(seed=seed, step=step, start=a, stop=a + rows, total=99).shared(3) for a in (start, start + rows)]
+    assert parts[0] == parts[1] and 0 <= parts[0] < 1
+    assert parts[0] != Noise(seed=seed, step=step + 1, start=0, stop=1, total=1).shared(3)
 
 
 @QUICK

@@ -4,6 +4,7 @@
 one method. It knows no network.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor
 
 from esolm.schedule import reveal_counts
+
+_ROUNDING = 1e-9  # 3 / 0.3 must count as 10
 
 
 def by_group(
@@ -69,7 +72,8 @@ class Uniform(Positions):
 @dataclass(frozen=True, kw_only=True)
 class Interleaved(Positions):
     """Every s-th position together (Eso-LM, appendix E.10): a step's positions are far apart, so that they depend less
-    on each other. With `T` steps the stride is `T / alpha_0`; strides are taken in random order, the counts are fixed.
+    on each other. With `T` steps the stride is `T / alpha_0`, rounded down, and `T` strides are taken in random order.
+    Where the rounding makes them too many, the surplus is taken from them at random, so that `alpha_0` is met.
 
         stride 4:   0 . . . 0 . . . 0 . . .      then  . . 2 . . . 2 . . . 2 .      then ...
     """
@@ -79,10 +83,12 @@ class Interleaved(Positions):
     ) -> tuple[np.ndarray, np.ndarray]:
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}: leave it out for one token a step")
-        if alpha_0 == 0 or len(free) == 0:
-            return free[:0], np.zeros(0, dtype=np.int64)
-        most = len(free) if num_steps is None else round(num_steps / alpha_0)
-        stride = max(1, min(most, len(free)))
-        taken = rng.permutation(stride)[: max(1, round(stride * alpha_0))]
-        groups = [free[first::stride] for first in taken]
-        return np.concatenate(groups), np.array([len(group) for group in groups], dtype=np.int64)
+        if num_steps is None or num_steps >= alpha_0 * len(free):  # so many that each writes one position
+            count = math.floor(alpha_0 * len(free) + rng.random())
+            return rng.permutation(free)[:count], np.ones(count, dtype=np.int64)
+        stride = math.floor(num_steps / alpha_0 + _ROUNDING)
+        groups = [free[first::stride] for first in rng.permutation(stride)[:num_steps]]
+        chosen, step = np.concatenate(groups), np.repeat(np.arange(num_steps), [len(group) for group in groups])
+        count = math.floor(len(chosen) * min(1.0, alpha_0 * stride / num_steps) + rng.random())
+        kept = np.sort(rng.permutation(len(chosen))[:count])
+        return chosen[kept], np.unique(step[kept], return_counts=True)[1]
