@@ -159,3 +159,49 @@ def test_attention_is_softmax_over_the_rows_that_are_read(form, kv_heads):
         who, mask = relation_of(form, stage, public)
         out = attention(q, k, v, who)
     torch.testing.assert_close(out.double(), written_out(q, k, v, mask), rtol=0, atol=1e-5)
+
+
+def views():
+    """Passes of training with more rows than a block of FlexAttention has, and no multiple of it; two texts padded."""
+    tokens = torch.arange(300).remainder(MASK_ID).view(2, 150)
+    valid = torch.arange(150) < torch.tensor([[150], [90]])
+    batch, noise = (
+        Batch(tokens=tokens, given=~valid & False, valid=valid),
+        Noise(seed=1, step=0, start=0, stop=2, total=2),
+    )
+    for method in (ar.AR(), mdlm.MDLM(), bd3lm.BD3LM(block_size=6), esolm.EsoLM(variant="A"), esolm.EsoLM(variant="B")):
+        yield from method.views(batch, noise, MASK_ID)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("view", list(views()), ids=lambda view: f"{view.term}-{view.tokens.shape[1]}")
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_a_block_mask_is_the_mask_where_blocks_are_many_and_the_last_is_not_full(view, kv_heads):
+    generator = torch.Generator().manual_seed(0)
+    texts, rows = view.tokens.shape
+    q, k, v = (torch.randn(texts, heads, rows, 16, generator=generator) for heads in (2, kv_heads, kv_heads))
+    with unchecked():
+        ours = attention(q, k, v, Relation(blocks=block_mask(view.stage, view.public)))
+    mask = attends(view.stage, view.public, view.stage, view.public)[:, None]
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=kv_heads != 2)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+
+
+def test_a_new_block_mask_compiles_nothing_anew():
+    """Every step of training has a mask of its own. On a GPU, where attention is compiled, that must cost no compiling."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import flex_attention
+
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, dynamic=True, backend=counter)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 2, 160, 16, generator=generator)
+    with unchecked():
+        for _ in range(4):
+            stage = torch.randint(0, 160, (2, 160), generator=generator)
+            public = torch.rand(2, 160, generator=generator) < 0.5
+            out = compiled(q, q, q, block_mask=block_mask(stage, public))
+            mask = attends(stage, public, stage, public)[:, None]
+            plain = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+            torch.testing.assert_close(out, plain, rtol=0, atol=1e-5)
+    assert counter.frame_count == 1
