@@ -166,7 +166,7 @@ def views():
     tokens = torch.arange(300).remainder(MASK_ID).view(2, 150)
     valid = torch.arange(150) < torch.tensor([[150], [90]])
     batch, noise = (
-        Batch(tokens=tokens, given=~valid & False, valid=valid),
+        Batch(tokens=tokens, given=torch.zeros_like(valid), valid=valid),
         Noise(seed=1, step=0, start=0, stop=2, total=2),
     )
     for method in (ar.AR(), mdlm.MDLM(), bd3lm.BD3LM(block_size=6), esolm.EsoLM(variant="A"), esolm.EsoLM(variant="B")):
@@ -188,7 +188,7 @@ def test_a_block_mask_is_the_mask_where_blocks_are_many_and_the_last_is_not_full
 
 
 def test_a_new_block_mask_compiles_nothing_anew():
-    """Every step of training has a mask of its own. On a GPU, where attention is compiled, that must cost no compiling."""
+    """Every step of training has a mask of its own, which on a GPU, where attention is compiled, must cost nothing."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention.flex_attention import flex_attention
 
