@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from esolm import calibrate, checkpoint, exhibits, journal, prepare, recipes, report, sample
-from esolm.algorithms import Algorithm, Request
+from esolm.algorithms import Algorithm, EsoLM, Request
 from esolm.data import Loader
 from esolm.denoiser import Denoiser
 from esolm.draw import Draw
@@ -26,8 +26,8 @@ from esolm.sample import Reveal
 from esolm.texts import watching
 from esolm.train import Outcome, Run, learn, train
 
-VOCAB_SIZE = 2048
-ALPHA_0 = 0.125
+VOCAB_SIZE = 4096
+METHOD = EsoLM(variant="B", alpha_0=0.125, batch_split=0.25)  # diffusion writes little, and learns from less
 SOURCE = prepare.Source(data="shakespeare")
 PROMPT = "KING RICHARD.\n"  # speakers as most of the plays print them
 GAP = "HAMLET.\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
@@ -100,7 +100,7 @@ def _trained(
     _say(console, "Reading Shakespeare: learning a vocabulary, turning text into tokens")
     text = prepare.prepare(source, folder, vocab_size=vocab_size, console=console)
     _tell(console, f"{text.learned.num_tokens:,} tokens to learn from, {text.held_out.num_tokens:,} held out")
-    settings = replace(recipe(recipes.method("esolm-b", ALPHA_0), text.tokenizer.vocab_size), seed=seed)
+    settings = replace(recipe(METHOD, text.tokenizer.vocab_size), seed=seed)
     seconds = _seconds_a_step(settings, text.training(settings.network.length, seed=seed))
     settings = _fitted(settings, seconds, minutes)
     plan = f"{settings.num_steps:,} steps of {settings.batch_size} texts, about {minutes:g} minutes"
@@ -142,7 +142,7 @@ def _seconds_a_step(settings: Run, data: Loader) -> float:
     """Median time of an update, of a network that is thrown away; the first ones warm up."""
     network = Denoiser(settings.network, torch.Generator().manual_seed(0))
     optimizer, average = Optimizer(network, settings.optim), WeightAverage(network)
-    bf16 = calibrate.bf16_pays(torch.device("cpu"))
+    bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and calibrate.bf16_pays(torch.device("cpu")))
     times = []
     for step in range(_TIMED_STEPS + 1):
         began = time.monotonic()
