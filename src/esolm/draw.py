@@ -64,7 +64,7 @@ def draw(logits: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"], op
     if options.temperature != 1:
         logits = logits / options.temperature
     if options.top_k is None and options.top_p == 1:
-        return _categorical(logits.softmax(-1), uniform)
+        return _categorical(torch.softmax(logits, -1), uniform)
     kept, ids = _likeliest(logits, options)
     return ids.gather(1, _categorical(kept, uniform)[:, None])[:, 0]
 

@@ -20,7 +20,7 @@ from esolm.inference import Network
 from esolm.noise import generator, uniforms
 
 _PLAN, _TOKENS = 0, 1  # purposes of a request's random numbers
-_DRAWN_AT_ONCE = 2**24  # logits held at a time: 64 MiB in float32
+_DRAWN_AT_ONCE = 2**20  # logits held at a time: 4 MiB in float32
 _STEPS_AT_ONCE, _READ_AT_ONCE = 256, 2**22  # steps, and entries of their masks, that are found together
 _NOWHERE = np.iinfo(np.int64).max
 
@@ -113,10 +113,12 @@ class Writer:
     def advance(self) -> None:
         """One step of every unfinished text: one evaluation of the network, and the tokens it decides."""
         hidden, text, rank = self.evaluate()
+        drawn = np.empty(len(rank), dtype=np.int64)
         at_once = max(1, _DRAWN_AT_ONCE // self.denoiser.config.vocab_size)
-        parts = [slice(at, at + at_once) for at in range(0, len(rank), at_once)]
-        drawn = [self._draw(hidden[part], self._texts[text[part]], rank[part]) for part in parts]
-        self.accept(text, rank, np.concatenate(drawn))
+        for at in range(0, len(rank), at_once):
+            part = slice(at, at + at_once)
+            drawn[part] = self._draw(hidden[part], self._texts[text[part]], rank[part])
+        self.accept(text, rank, drawn)
 
     def step(self) -> list[Reveal]:
         """`advance`, and what it revealed in each text."""
@@ -173,6 +175,8 @@ class Writer:
         """Tokens of rows with these hidden states, by the options and the random numbers of their texts."""
         logits = self.denoiser.logits(hidden).float()
         logits[:, -1] = -torch.inf
+        if logits.device.type == "mps":  # it has no float64, which exact draws need
+            logits = logits.cpu()
         uniform = torch.from_numpy(self._uniform[text, rank]).to(logits.device)
         if self._same_draw:
             tokens = draw(logits, uniform, self.requests[0].draw)

@@ -1,4 +1,4 @@
-"""Speeds of writing as a picture: tokens a second of each method, a group of bars for each setting, on a log axis.
+"""Speeds of writing as a picture: tokens a second of each method, a group of bars for each setting.
 
 matplotlib draws it (the extra `plot`). It measures nothing.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from esolm.bench.writing import Setting, Writing
 
 _FORMATS = (".png", ".svg", ".pdf")
-_BAR = 0.8  # of the room that a bar has
+_GROUP = 0.9  # of the room between two settings that the bars of one take
+_MANY_TIMES = 20  # from here on, speeds share a picture on a log axis only
 
 
 def check(path: Path) -> None:
@@ -29,15 +30,17 @@ def draw(writing: Writing, path: Path) -> None:
 
     settings = list(dict.fromkeys(row.setting for row in writing.rows))
     methods = list(dict.fromkeys(row.method for row in writing.rows))
-    figure = Figure(figsize=(7.5, 1.2 + 0.3 * len(writing.rows)), layout="constrained")
+    speeds = {(row.method, row.setting): row.setting.batch * row.setting.length / row.seconds for row in writing.rows}
+    figure = Figure(figsize=(7.5, 1.3 + 0.28 * len(speeds)), layout="constrained")
     axes = figure.subplots()
     for number, method in enumerate(methods):
-        rows = [row for row in writing.rows if row.method == method]
-        places = [settings.index(row.setting) + (number + 0.5) / (len(methods) + 0.5) - 0.5 for row in rows]
-        speeds = [row.setting.batch * row.setting.length / row.seconds for row in rows]
-        bars = axes.barh(places, speeds, height=_BAR / (len(methods) + 0.5), label=method)
-        axes.bar_label(bars, [f" {speed:,.0f}" for speed in speeds], fontsize=8)
-    axes.set_xscale("log")
+        places = [place + (number + 1) * _GROUP / (len(methods) + 1) - _GROUP / 2 for place in range(len(settings))]
+        found = [speeds[method, setting] for setting in settings]
+        bars = axes.barh(places, found, height=0.9 * _GROUP / (len(methods) + 1), label=method)
+        axes.bar_label(bars, [f" {speed:,.0f}" for speed in found], fontsize=8)
+    if max(speeds.values()) > _MANY_TIMES * min(speeds.values()):
+        axes.set_xscale("log")
+        axes.set_xlim(left=min(speeds.values()) / 2)
     axes.margins(x=0.12)
     axes.set_xlabel("tokens a second")
     axes.set_yticks(range(len(settings)), [_label(setting) for setting in settings], fontsize=8)
@@ -46,7 +49,7 @@ def draw(writing: Writing, path: Path) -> None:
     axes.set_title(
         f"{writing.machine.cpu}, {writing.machine.threads} threads, medians of {writing.repeats}", fontsize=9
     )
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
 
 
