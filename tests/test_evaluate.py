@@ -133,3 +133,16 @@ def test_as_many_windows_are_measured_as_asked_for_if_there_are(texts, expected)
 def test_what_cannot_be_measured_is_said(options, words):
     with pytest.raises(ValueError, match=words):
         evaluate(model_of(MDLM()), **({"documents": DOCUMENTS} | options))
+
+
+def test_the_network_that_writes_can_be_scored_and_smaller_weights_cost_a_little():
+    network = Denoiser(Config(vocab_size=BYTES.vocab_size, length=LENGTH, width=64, layers=1, heads=2))
+    with torch.no_grad():
+        network.head.weight.mul_(20)
+    for algorithm in METHODS.values():
+        found = {}
+        for dtype in ("float32", "int8"):
+            model = Model(network, algorithm, BYTES, dtype=dtype)
+            exact, written = (evaluate(model, DOCUMENTS, as_written=way)[0].estimate for way in (False, True))
+            found[dtype] = abs(written.nats_per_token - exact.nats_per_token)
+        assert found["float32"] < 1e-5 < found["int8"] < 0.1

@@ -255,3 +255,21 @@ def test_a_tokenizer_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
         Tokenizer.train([TEXT], 270).save(tmp_path / "tokenizer.json")
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
     assert Backend.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 258
+
+
+def test_what_a_run_held_out_is_read_from_its_folder(text, tmp_path):
+    source = Source(data=str(text), validation=0.3, seed=2)
+    made = prepare.prepare(source, tmp_path / "run", vocab_size=258)
+    network = Config(vocab_size=258, length=16, width=8, layers=1, heads=1)
+    run = Run(algorithm=EsoLM(), network=network, num_steps=1)
+    saved = checkpoint.Checkpoint(
+        step=1,
+        model={"w": torch.ones(1)},
+        config=description(run),
+        tokenizer_json=made.tokenizer.to_json(),
+        state={"origin": source.origin()},
+    )
+    step = checkpoint.save(tmp_path / "run", saved)
+    expected = texts_of(made.tokenizer, made.held_out)
+    assert prepare.held_out(tmp_path / "run") == prepare.held_out(step) == expected
+    assert 0 < len(expected) < 20

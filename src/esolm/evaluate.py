@@ -58,11 +58,13 @@ def evaluate(
     orders: int = 0,
     texts: int | None = None,
     seed: int = 0,
+    as_written: bool = False,
     console: Console | None = None,
 ) -> list[Row]:
     """Measures of a model over documents: the NELBO (the exact value, where nothing is written by diffusion) from
     `samples` draws a window and, with `orders`, the importance-weighted bound of that many for methods that have one
-    (see `Algorithm.one_pass`). `texts`: at most this many windows, evenly spread."""
+    (see `Algorithm.one_pass`). `texts`: at most this many windows, evenly spread.
+    `as_written`: by the network that writes, to see what its smaller weights cost."""
     problems = [
         f"{option} must be at least {least}, got {value}"
         for option, value, least in (("samples", samples, 1), ("orders", orders, 0), ("texts", texts, 1))
@@ -83,7 +85,8 @@ def evaluate(
     rows = []
     for kind, draws in plans:
         batches = track(list(_batches(model, windows)), description=f"{name} · {kind}", console=console, transient=True)
-        found = likelihood.estimate(model.denoiser, model.algorithm, batches, kind=kind, samples=draws, seed=seed)
+        network = model.writer if as_written else model.denoiser
+        found = likelihood.estimate(network, model.algorithm, batches, kind=kind, samples=draws, seed=seed)
         rows.append(Row(name=name, method=repr(model.algorithm), estimate=found, num_bytes=num_bytes))
     return rows
 

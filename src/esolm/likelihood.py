@@ -21,7 +21,7 @@ from torch import Tensor
 
 from esolm import objective
 from esolm.algorithms.algorithm import Algorithm, Batch
-from esolm.denoiser import Denoiser
+from esolm.inference import Network
 from esolm.noise import Noise
 
 Kind = Literal["exact", "NELBO", "importance-weighted bound"]
@@ -48,26 +48,26 @@ class Estimate:
 
 
 @torch.inference_mode()
-def nelbo(denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
+def nelbo(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """One Monte Carlo estimate of the negative ELBO of each text, in nats. Exact for AR."""
     nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
-    for view in algorithm.bound(batch, noise, denoiser.config.mask_id):
-        _, rows = objective.of_view(denoiser, view.to(denoiser.embed.weight.device))
+    for view in algorithm.bound(batch, noise, network.config.mask_id):
+        rows = objective.scores_of_view(network, view.to(network.device))
         nats += rows.cpu().double().sum(1)  # in this order: not every device has float64
     return nats
 
 
 @torch.inference_mode()
-def log_likelihood(denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
+def log_likelihood(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """Exact log-likelihood of each text, in nats, under one order of writing: the method's only one (AR), or one drawn
     with `noise` (Eso-LM). ValueError for methods that have a bound only (see `Algorithm.one_pass`)."""
-    view = algorithm.exact(batch, algorithm.orders(batch, noise), denoiser.config.mask_id)
-    _, rows = objective.of_view(denoiser, view.to(denoiser.embed.weight.device))
+    view = algorithm.exact(batch, algorithm.orders(batch, noise), network.config.mask_id)
+    rows = objective.scores_of_view(network, view.to(network.device))
     return -rows.cpu().double().sum(1)
 
 
 def importance_weighted(
-    denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise, samples: int
+    network: Network, algorithm: Algorithm, batch: Batch, noise: Noise, samples: int
 ) -> Float64[Tensor, "batch"]:
     """Log of the mean, over `samples` orders, of the likelihood of each text: a lower bound of log p in nats.
 
@@ -75,12 +75,12 @@ def importance_weighted(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    each = [log_likelihood(denoiser, algorithm, batch, _later(noise, k)) for k in range(samples)]
+    each = [log_likelihood(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
     return torch.logsumexp(torch.stack(each), dim=0) - math.log(samples)
 
 
 def estimate(
-    denoiser: Denoiser,
+    network: Network,
     algorithm: Algorithm,
     batches: Iterable[Batch],
     *,
@@ -93,7 +93,7 @@ def estimate(
     nats, tokens, at = [], [], 0
     for batch in batches:
         noise = Noise(seed=seed, step=0, start=at, stop=at + len(batch.tokens), total=at + len(batch.tokens))
-        nats.append(_measure(denoiser, algorithm, batch, noise, kind, samples))
+        nats.append(_measure(network, algorithm, batch, noise, kind, samples))
         tokens.append(batch.scored.sum(1))
         at = noise.stop
     if not nats:
@@ -102,14 +102,14 @@ def estimate(
 
 
 def _measure(
-    denoiser: Denoiser, algorithm: Algorithm, batch: Batch, noise: Noise, kind: Kind, samples: int
+    network: Network, algorithm: Algorithm, batch: Batch, noise: Noise, kind: Kind, samples: int
 ) -> Float64[Tensor, "batch"]:
     if kind == "exact":
-        return -log_likelihood(denoiser, algorithm, batch, noise)
+        return -log_likelihood(network, algorithm, batch, noise)
     if kind == "NELBO":
-        draws = [nelbo(denoiser, algorithm, batch, _later(noise, k)) for k in range(samples)]
+        draws = [nelbo(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
         return torch.stack(draws).mean(0)
-    return -importance_weighted(denoiser, algorithm, batch, noise, samples)
+    return -importance_weighted(network, algorithm, batch, noise, samples)
 
 
 def _summary(nats: Float64[Tensor, "text"], tokens: Float64[Tensor, "text"], kind: Kind, samples: int) -> Estimate:

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from esolm.algorithms.algorithm import View
-from esolm.attention import relation_in_tiles
+from esolm.attention import relation, relation_in_tiles
 from esolm.denoiser import Denoiser
+from esolm.inference import Network
 
 _CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, enough rows to keep a matrix product busy
 
@@ -49,6 +50,22 @@ def of_view(
     loss, nll = weighted_cross_entropy(hidden, denoiser.head, targets[rows], weights[rows])
     weighted = torch.zeros_like(weights).index_put_((rows,), nll * weights[rows])
     return loss, weighted.view_as(view.weights)
+
+
+def scores_of_view(network: Network, view: View) -> Float[Tensor, "batch row"]:
+    """`weights * nll` of each row, as `of_view` gives them, by any network: also the one that writes, smaller weights
+    and all."""
+    if isinstance(network, Denoiser):
+        return of_view(network, view)[1]
+    weights, targets = view.weights.flatten(), view.targets.flatten()
+    rows = weights.nonzero()[:, 0]
+    hidden = network(view.tokens, view.positions, relation(view.stage, view.public)).flatten(0, 1)
+    scores = torch.zeros_like(weights)
+    at_once = max(1, _CHUNK_ELEMENTS // network.config.vocab_size)
+    for part in (rows[at : at + at_once] for at in range(0, len(rows), at_once)):
+        found = log_probabilities(network.logits(hidden[part])).gather(1, targets[part, None])[:, 0]
+        scores[part] = -found * weights[part]
+    return scores.view_as(view.weights)
 
 
 def log_probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:

@@ -177,3 +177,13 @@ def resumed(folder: Path) -> tuple[Run, Source]:
     if not origin:
         raise ValueError(f"the run in {folder} does not say where its data came from: resume it from Python")
     return plain.from_plain(Run, saved.config["run"]), plain.from_plain(Source, origin)
+
+
+def held_out(path: Path) -> list[str]:
+    """The documents that a run did not learn from, out of the tokens in its folder. DataError or CheckpointError if
+    they are not there."""
+    folder = path.parent if checkpoint.is_step(path) else path
+    _, source = resumed(folder)
+    _, found = TokenData.open(folder / "data").split(source.validation, seed=source.seed)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    return [tokenizer.decode(found.document(number).tolist()) for number in range(found.num_documents)]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from esolm.cli.parsing import Checkpoint, Flag
+from esolm.cli.parsing import Checkpoint, DtypeName, Flag, Maybe
 from esolm.cli.terminal import bars, console, loaded, print_json, say
 
 if TYPE_CHECKING:
@@ -16,12 +16,13 @@ def evaluate(
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="CHECKPOINT ...", help_behavior_hint="")
     ],
-    data: str = "shakespeare",
+    data: Maybe[str] = None,
     field: str = "text",
     samples: int = 4,
     orders: int = 0,
     texts: int = 256,
     seed: int = 0,
+    dtype: Maybe[DtypeName] = None,
     device: str = "auto",
     json: Flag = False,
 ) -> None:
@@ -29,8 +30,9 @@ def evaluate(
 
     Examples:
 
-      esolm evaluate runs/first --data held-out.txt
+      esolm evaluate runs/first
       esolm evaluate runs/ar runs/mdlm runs/esolm --data held-out.txt --orders 10
+      esolm evaluate runs/first --dtype int8
 
     In Python:
 
@@ -41,12 +43,13 @@ def evaluate(
 
     Args:
         checkpoints: Runs' folders or single steps.
-        data: A text file, a folder, JSON lines, Parquet, hf:NAME, or the shipped "shakespeare".
+        data: A text file, a folder, JSON lines, Parquet, hf:NAME; left out, what each run held out of its own text.
         field: Field of the text in JSON lines, Parquet or a data set.
         samples: Draws of the NELBO for each text.
         orders: Also the importance-weighted bound of this many orders (Eso-LM).
         texts: At most this many windows of text; 0 is all of them.
         seed: Of the draws.
+        dtype: Score with the products that write in this dtype; left out, exactly, in float32.
         device: auto, cpu, cuda, cuda:1, ...
         json: Print JSON lines instead of a table.
     """
@@ -56,14 +59,14 @@ def evaluate(
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm evaluate CHECKPOINT --data FILE")
-    for option, value in (("texts", texts), ("orders", orders)):
-        if value < 0:
-            raise ValueError(f"{option} must be at least 0, got {value}")
-    documents = list(corpus.documents(prepare.located(data), field=field))
+    given = None if data is None else list(corpus.documents(prepare.located(data), field=field))
     how: dict[str, Any] = {"samples": samples, "orders": orders, "texts": texts or None, "seed": seed}
     rows = []
     for path in checkpoints:
-        rows += measure(loaded(path, "float32", device), documents, name=str(path), console=bars(), **how)
+        documents = prepare.held_out(path) if given is None else given
+        model = loaded(path, dtype or "float32", device)
+        name = str(path) if dtype is None else f"{path} in {dtype}"
+        rows += measure(model, documents, name=name, as_written=dtype is not None, console=bars(), **how)
     if json:
         for row in rows:
             print_json(row.values())
