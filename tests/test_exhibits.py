@@ -64,3 +64,8 @@ def test_rows_of_the_pictures_are_told_apart():
             read = {rows[at] for at, mark in enumerate(row) if mark == "#"}
             assert (label, masked) in read, "a row reads itself"
             assert not masked or (label, False) not in read, "a mask never reads the token that it is to become"
+
+
+def test_a_row_of_ar_holds_the_token_before_the_one_that_it_predicts():
+    ar, *_ = exhibits.pictures()
+    assert "".join(ar.labels) == "aabcdefg" and ar.masks == (True, *[False] * 7)
