@@ -57,12 +57,12 @@ class Relation:
 def relation(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
     """The relation of rows among themselves, with the cheapest backend that can hold it."""
     rows = stage.shape[1]
+    if bool(((stage == stage[:, :1]) & (public == public[:, :1])).all()):
+        return Relation()
+    if bool((public & (stage == torch.arange(rows, device=stage.device))).all()):
+        return Relation(causal=True)
     if stage.is_cuda and rows >= _FLEX_ROWS:
         return Relation(blocks=block_mask(stage, public))
-    if bool((stage == stage[:, :1]).all()) and bool((public == public[:, :1]).all()):
-        return Relation()
-    if bool(public.all()) and bool((stage == torch.arange(rows, device=stage.device)).all()):
-        return Relation(causal=True)
     return Relation(mask=attends(stage, public, stage, public)[:, None])
 
 

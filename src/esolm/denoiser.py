@@ -128,7 +128,7 @@ class Denoiser(nn.Module):
     ) -> Float[Tensor, "*rows width"]:
         """Hidden states (after the last norm) of rows that hold `tokens` at `positions` of the text.
 
-        With a cache, rows also read what it keeps, under the relation that `cache.place` returned. Only the `wanted`
+        With a cache, rows also read what it keeps: the relation is to all its slots in use. Only the `wanted`
         rows (numbers of rows, texts laid end to end), if given: in the last layer the others give keys and values and
         no more. Dropout takes its random numbers from `noise`; without it nothing is dropped.
         """
