@@ -1,14 +1,15 @@
 # One environment, made on demand. Everything a user or CI does is one of these targets.
 #
-#   make demo     train a small model on Shakespeare, watch it write, open out/demo/report.html
+#   make demo     train a small model on Shakespeare, watch it write, leave out/demo/report.html
 #   make test     run every test
 #   make check    style, types and structure
-#   make bench    time every sampler on this machine
+#   make bench    time how every method writes on this machine
+#   make clean    remove the environment and what was built; runs stay
 #
-# PYTHON=...      the interpreter to build on (default: the first of python3.11 ... python3 that is 3.11 or newer)
-# PIP_FLAGS=...   passed to pip. On Linux the public index's torch brings CUDA; for a CPU-only one point pip at
-#                 torch's CPU index, e.g. make demo PIP_FLAGS="--extra-index-url URL"
-# PYTEST_FLAGS=...  passed to pytest, e.g. make test PYTEST_FLAGS="-k cache"
+#   PYTHON=...        the interpreter to build on (default: the first of python3.11 ... python3 that is 3.11 or newer)
+#   PIP_FLAGS=...     passed to pip. On Linux the public index's torch brings CUDA; for a CPU-only one point pip at
+#                     torch's CPU index, e.g. make demo PIP_FLAGS="--extra-index-url URL"
+#   PYTEST_FLAGS=...  passed to pytest, e.g. make test PYTEST_FLAGS="-k cache"
 
 VENV ?= .venv
 PIP_FLAGS ?=
@@ -21,7 +22,7 @@ PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c c
 .PHONY: demo test check bench clean help
 
 help:
-	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+	@sed -n '/^$$/q; s/^#  //p; s/^#$$//p' Makefile
 
 demo: $(VENV)/.core
 	$(BIN)/esolm demo --out out/demo

@@ -4,19 +4,21 @@
     model = esolm.load("out/demo/run")
     print(model.sample(prompt="ROMEO:")[0])
 
-Names are imported when they are first used, so that `import esolm` costs nothing.
+Names and modules are imported when they are first used, so that `import esolm` costs nothing. Training is
+`esolm.train.train`: a module hides a function of its name.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esolm import checkpoint, corpus, demo, evaluate, prepare, recipes, train
     from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
     from esolm.denoiser import Config, Denoiser
     from esolm.model import Model, load
     from esolm.order import Interleaved, Uniform
     from esolm.tokenizer import Tokenizer
-    from esolm.train import Run, train
+    from esolm.train import Run
 
 __all__ = [
     "AR",
@@ -30,7 +32,13 @@ __all__ = [
     "Run",
     "Tokenizer",
     "Uniform",
+    "checkpoint",
+    "corpus",
+    "demo",
+    "evaluate",
     "load",
+    "prepare",
+    "recipes",
     "train",
 ]
 __version__ = "0.1.0"
@@ -41,11 +49,14 @@ _HOMES = {
     **dict.fromkeys(("Model", "load"), "esolm.model"),
     **dict.fromkeys(("Interleaved", "Uniform"), "esolm.order"),
     "Tokenizer": "esolm.tokenizer",
-    **dict.fromkeys(("Run", "train"), "esolm.train"),
+    "Run": "esolm.train",
 }
+_MODULES = ("checkpoint", "corpus", "demo", "evaluate", "prepare", "recipes", "train")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"esolm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'esolm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

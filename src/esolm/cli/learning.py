@@ -96,7 +96,7 @@ def train(method: Settings = _SETTINGS, text: Reading = _READING, run: Going = _
       source, folder = prepare.Source(data="books/"), Path("runs/books")
       text = prepare.prepare(source, folder)
       run = recipes.shakespeare(EsoLM(alpha_0=0.125), text.tokenizer.vocab_size)
-      esolm.train(
+      train.train(
           run,
           folder,
           tokenizer=text.tokenizer,

@@ -9,7 +9,9 @@ import functools
 import inspect
 import io
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -61,7 +63,9 @@ def call_of(command: Callable[..., None], name: str, arguments: Sequence[str]) -
 def summary(command: Callable[..., None], *, whole: bool = False) -> str:
     """What a command's docstring says of it: its first paragraph, or all that stands before its arguments."""
     told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
-    return told.replace(":\n\n", ":\n") if whole else " ".join(told.partition("\n\n")[0].split())
+    first, *more = told.replace(":\n\n", ":\n").split("\n\n")
+    first = " ".join(first.split())
+    return "\n\n".join((textwrap.fill(first, shutil.get_terminal_size().columns), *more)) if whole else first
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -75,6 +79,8 @@ def _plain_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
     """Numbers, texts and paths, and the same or None, with an error that says what was expected."""
     inside = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
     kinds = [kind for kind in inside if kind is not NoneType]
+    if len(kinds) == 1 and get_origin(kinds[0]) is Literal and NoneType in inside:
+        return _one_of(get_args(kinds[0]))
     if len(kinds) != 1 or kinds[0] not in _KINDS:
         return None
     kind: Callable[[str], object] = kinds[0]
@@ -94,28 +100,45 @@ def _plain_value(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | Non
     )
 
 
+def _one_of(words: tuple[str, ...]) -> PrimitiveConstructorSpec[Any]:
+    """One of some words, or None if it is left out."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(words)}}}",
+        choices=words,
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or value in words,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def _refuse_unknown(command: Callable[..., None], prog: str, arguments: Sequence[str]) -> None:
     """An option that is not there, before tyro says so without the nearest one."""
     from esolm.plain import nearest
 
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    parser = tyro.extras.get_parser(command, prog=prog, config=_CONFIG, registry=_REGISTRY)
-    known = [name for action in parser._actions for name in action.option_strings]
-    for word in options:
-        name = word.partition("=")[0]
-        if re.match("--?[a-zA-Z]", name) and name.replace("_", "-") not in known:
+    given = [name for word in options if re.match("--?[a-zA-Z]", name := word.partition("=")[0])]
+    if not given:
+        return
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        tyro.cli(command, prog=prog, args=["--help"], config=_CONFIG, registry=_REGISTRY)
+    known = ["-h", "--help", *re.findall(r"^\W*(--[\w-]+)", told.getvalue(), re.MULTILINE)]
+    for name in given:
+        if name.replace("_", "-") not in known:
             fail(f"there is no option {name}{nearest(name, known)}; see {prog} --help", 2)
 
 
 def _one_line(box: str) -> str:
-    """What an error box of tyro says, without its frame and its hints."""
+    """What an error box of tyro says, without its frame and its hints (the frame differs where there is no Unicode)."""
     from esolm.plain import nearest
 
-    lines = [line.strip("╭╮╰╯─ ").strip("│") for line in re.sub("\x1b\\[[0-9;]*m", "", box).splitlines()]
+    title, *lines = re.sub("\x1b\\[[0-9;]*m", "", box).splitlines() or [""]
+    lines = [line[1:-1].rstrip() for line in lines]
     end = next((n for n, line in enumerate(lines) if line.strip().startswith(_HINTS)), len(lines))
-    said = " ".join(line.strip() for line in lines[1:end] if line.strip(" ─"))
-    if lines and lines[0] == "Required options":
-        return f"missing {' and '.join(line.strip() for line in lines[1:end] if re.match(' {5}[^ ]', line))}"
+    said = " ".join(line.strip() for line in lines[:end] if line.strip(" ─-"))
+    if "Required options" in title:
+        return f"missing {' and '.join(line.strip() for line in lines[:end] if re.match(' {5}[^ ]', line))}"
     if found := re.match("Missing value for argument '(.*?)'", said):
         return f"{found[1]} needs a value"
     if found := re.match(r"invalid choice '(.*)' for argument '(.*?)'. Expected one of \((.*)\)", said):

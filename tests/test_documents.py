@@ -1,0 +1,200 @@
+"""The documents are true: names exist, links lead somewhere, the code in them runs on a small model."""
+
+import importlib
+import inspect
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import esolm
+from esolm import cli, demo, prepare, recipes, train
+from esolm.algorithms import EsoLM
+from esolm.cli import parsing
+from esolm.denoiser import Config
+from esolm.tokenizer import Tokenizer
+from esolm.train import Run
+from test_structure import FILES, LEVEL, SOURCE, module_name
+
+ROOT = SOURCE.parent.parent
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/log.md")
+]
+TESTS = (ROOT / "Makefile", ROOT / "tests/test_structure.py")
+ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+WORDS = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in [*FILES, *TESTS])))
+TEXT = "ROMEO: To be, or not to be, that is the question. HAMLET: It was here when he left. " * 40
+
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+def small(algorithm=None, vocab_size=258) -> Run:
+    """A run of a second, in place of a recipe."""
+    return Run(
+        algorithm=algorithm or EsoLM(alpha_0=0.5),
+        network=Config(vocab_size=vocab_size, length=96, width=32, layers=1, heads=2),
+        num_steps=2,
+        batch_size=4,
+        validation_texts=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with what the documents' examples name: texts, pairs, a tokenizer and runs."""
+    place = tmp_path_factory.mktemp("documents")
+    (place / "books").mkdir()
+    for name in ("books/one.txt", "books/two.txt", "held-out.txt"):
+        (place / name).write_text(TEXT)
+    rows = [f'{{"question": "{n} and {n}?", "prompt": "{n} and {n}?", "answer": "{2 * n}"}}' for n in range(40)]
+    (place / "qa.jsonl").write_text("\n".join(rows))
+    text = prepare.prepare(prepare.Source(data=str(place / "books")), place / "tokens", vocab_size=258)
+    options = {"tokenizer": text.tokenizer, "validation": text.validation(96)}
+    for name in ("runs/first", "out/demo/run"):
+        train.train(small(), place / name, data=text.training(96), **options)
+    return place
+
+
+@pytest.fixture
+def there(place, monkeypatch):
+    """In that folder, with recipes and a tokenizer that take no time."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(Tokenizer, "train", staticmethod(lambda texts, vocab_size: Tokenizer.bytes()))
+    for recipe in ("demo", "shakespeare", "lm1b", "owt"):
+        monkeypatch.setattr(recipes, recipe, small)
+
+
+def fences(text: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@each_document
+def test_relative_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
+    missing = [link for link in targets if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+@each_document
+def test_every_name_in_backticks_exists(path):
+    text = re.sub("^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    wrong = [name for name in re.findall(r"`([^`\n]+)`", text) if not _exists(name)]
+    assert not wrong
+
+
+def _exists(name: str) -> bool:
+    """A path, a module, an attribute of one, or a word of the source; other code is not looked at."""
+    if re.fullmatch(r"\.?[\w-]+(/[\w.-]+)*/?", name) and ("/" in name or name.endswith((".md", ".py"))):
+        return (ROOT / name).exists() or any(path.match(name) for path in FILES)
+    if (ROOT / name).exists():
+        return True
+    if re.fullmatch(r"\w+(\.\w+)*", name):
+        return _resolves(name.split(".")) or all(part in WORDS for part in name.split("."))
+    return True
+
+
+def _resolves(parts: list[str]) -> bool:
+    at = next((n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in LEVEL), 0)
+    if not at:
+        return False
+    found: object = importlib.import_module("esolm." + ".".join(parts[:at]))
+    for part in parts[at:]:
+        if part not in dir(found) and part not in inspect.get_annotations(found):  # type: ignore[arg-type]
+            return False
+        found = getattr(found, part, None)
+    return True
+
+
+def test_a_module_with_an_attribute_that_it_has_not_is_noticed():
+    assert _exists("likelihood.nelbo") and _exists("sample.Writer.accept") and _exists("order.Positions.choose")
+    assert not _exists("src/esolm/nothing.py") and not _exists("likelihood.nonsuch") and not _exists("nonsuch_word")
+
+
+def test_the_module_map_names_every_module_in_the_order_of_the_levels():
+    block = ARCHITECTURE.partition("## Module map")[2].partition("\n## ")[0]
+    lines = [re.split(r"\s{2,}", line.strip())[:-1] for line in block.splitlines() if line.startswith("    ")]
+    named = []
+    for first, *more in lines:
+        group = first.rpartition(".")[0]
+        named += [first, *(f"{group}{name}" for name in more)]
+    known = {module_name(path) for path in FILES} - {"__init__", "__main__"}
+    known = {name for name in known if not name.startswith("bench.")}
+    assert set(named) == known
+    levels = [LEVEL.get(name, 0) for name in named if name in LEVEL]
+    assert levels == sorted(levels)
+
+
+def test_the_five_lines_run(there, capsys):
+    (lines,) = fences((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    assert len([line for line in lines.splitlines() if line]) == 5
+    exec(lines, {})
+    assert "ROMEO" in capsys.readouterr().out
+
+
+def examples(name: str) -> tuple[list[str], str]:
+    """A command's examples, and the Python call of equal power, from its help."""
+    told = inspect.cleandoc(cli._COMMANDS[name].__doc__ or "").partition("\nArgs:")[0]
+    before, python = told.split("In Python:\n")
+    return re.findall(r"^ +(esolm .*)$", before, re.MULTILINE), textwrap.dedent(python).strip()
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
+def test_examples_of_the_help_are_understood(name):
+    lines, _ = examples(name)
+    assert lines
+    for line in lines:
+        _understood(line)
+
+
+def test_shell_commands_of_the_readme_are_understood():
+    lines = "".join(fences((ROOT / "README.md").read_text(encoding="utf-8"), "sh")).splitlines()
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for line in filter(None, lines):
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            assert words[1] in targets
+        else:
+            _understood(line)
+
+
+def _understood(line: str) -> None:
+    program, name, *words = shlex.split(line, comments=True)
+    assert program == "esolm"
+    parsing.call_of(cli._COMMANDS[name], name, words)
+
+
+@pytest.mark.parametrize("command", ["sample", "infill", "evaluate", "info"])
+def test_cheap_commands_of_the_readme_run(there, place, capsys, command):
+    (line,) = re.findall(rf"^esolm {command} .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    cli.main(shlex.split(line.replace("runs/books", "runs/first"), comments=True)[1:])
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in cli._COMMANDS if not name.startswith("bench")])
+def test_the_python_call_of_a_command_runs(there, monkeypatch, name):
+    """The demonstration takes minutes: of it, only that the call fits."""
+    _, python = examples(name)
+    monkeypatch.setattr(demo, "run", inspect.signature(demo.run).bind)
+    exec(python, _names())
+
+
+def _names() -> dict[str, object]:
+    """What the calls take for granted: the names of esolm, and Path."""
+    return {**{name: getattr(esolm, name) for name in esolm.__all__}, "esolm": esolm, "Path": Path}
+
+
+def test_an_order_of_ones_own_is_written_in(there):
+    """The example of the architecture: a text from right to left, a token a step."""
+    import numpy as np
+
+    from esolm.order import Positions
+
+    (code,) = re.findall(r"(    @dataclass.*?)\n\n", ARCHITECTURE, re.DOTALL)
+    names = {"np": np, "Positions": Positions, "dataclass": __import__("dataclasses").dataclass}
+    exec(textwrap.dedent(code), names)
+    model = esolm.load("runs/first", dtype="float32")
+    reveals = list(model.write([model.request(length=8, alpha_0=1.0, positions=names["RightToLeft"]())]))
+    assert [reveal.positions for reveal in reveals] == [(place,) for place in range(7, -1, -1)]
