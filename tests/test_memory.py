@@ -30,7 +30,7 @@ def peak():
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 algorithm, sizes, batch_size, dtype, chunk, kept = eval(sys.argv[1])
-objective._CHUNK_ELEMENTS = chunk or objective._CHUNK_ELEMENTS
+objective._CHUNK_ROWS = chunk or objective._CHUNK_ROWS
 tiles._SCORES_KEPT = kept or tiles._SCORES_KEPT
 network = Denoiser(Config(**sizes), torch.Generator().manual_seed(0))
 run = Run(algorithm=algorithm, network=network.config, num_steps=2, batch_size=batch_size, dtype=dtype)
@@ -57,9 +57,8 @@ def peak(method: str, sizes: dict, batch_size: int, *, dtype="float32", chunk=No
     return before, after
 
 
-SMALL = {"vocab_size": 50_258, "length": 128, "width": 32, "layers": 1, "heads": 1}
-ROWS = 8 * 128
-LOGITS = 4 * ROWS * SMALL["vocab_size"]  # bytes of all logits: 206 MB
+SMALL = {"vocab_size": 50_258, "length": 256, "width": 16, "layers": 1, "heads": 1}
+LOGITS = 4 * 8 * 256 * SMALL["vocab_size"]  # bytes of all logits of 8 texts: 412 MB
 
 
 def test_a_step_holds_a_chunk_of_logits():

@@ -31,6 +31,10 @@ def views(algorithm, padding: int = 0):
     return algorithm.views(Batch(tokens=tokens, given=~valid & False, valid=valid), NOISE, MASK_ID)
 
 
+def tiled(view, dtype=torch.float32) -> Relation:
+    return relation_in_tiles(view.stage, view.public, dtype)
+
+
 VIEWS = pytest.mark.parametrize(
     "view",
     [view for algorithm in ALGORITHMS for padding in (0, 20) for view in views(algorithm, padding)],
@@ -43,8 +47,8 @@ def as_mask(parts, shape: torch.Size) -> torch.Tensor:
     mask = torch.zeros(shape, dtype=torch.bool)
     for tile in parts:
         reads = torch.ones(shape[0], tile.num_rows, tile.num_keys, dtype=torch.bool)
-        for piece, hidden in tile.hidden:
-            reads[:, :, piece] &= ~hidden[:, 0]
+        for piece, added in tile.masks:
+            reads[:, :, piece] &= added[:, 0] == 0
         at = 0
         for span in tile.keys:
             size = span.stop - span.start
@@ -84,7 +88,7 @@ def compare(mask, parts, dtype=torch.float32, tolerance=1e-5, rows=slice(None)):
 def test_the_tiles_of_a_view_are_the_rule(view, monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 20)
     expected = attends(view.stage, view.public, view.stage, view.public)
-    found = relation_in_tiles(view.stage, view.public).tiles
+    found = tiled(view).tiles
     assert len(found) > 3
     assert torch.equal(as_mask(found, expected.shape), expected)
 
@@ -95,7 +99,7 @@ def test_tiles_are_softmax_attention_and_its_gradients(view, kept, monkeypatch):
     monkeypatch.setattr(tiles, "_SCORES_KEPT", kept)
     monkeypatch.setattr(tiles, "_ROWS", 32)
     monkeypatch.setattr(tiles, "_SCORES_AT_ONCE", 2 * 2 * 32 * 100)  # two texts at a time, or one
-    compare(attends(view.stage, view.public, view.stage, view.public), relation_in_tiles(view.stage, view.public).tiles)
+    compare(attends(view.stage, view.public, view.stage, view.public), tiled(view).tiles)
 
 
 @given(st.integers(1, 7), st.sets(st.integers(1, 8), max_size=2), st.data())
@@ -106,7 +110,7 @@ def test_any_mask_cut_anywhere_gives_the_same(size, edges, data):
     mask |= torch.eye(9, dtype=torch.bool)  # every row reads itself
     before, tiles._ROWS = tiles._ROWS, size
     try:
-        parts = cut(mask, sorted(edges))
+        parts = cut(mask, sorted(edges), torch.float32)
     finally:
         tiles._ROWS = before
     assert torch.equal(as_mask(parts, mask.shape), mask)
@@ -116,7 +120,7 @@ def test_any_mask_cut_anywhere_gives_the_same(size, edges, data):
 def test_tiles_in_bf16_are_near():
     (view,) = views(BD3LM(block_size=8))
     mask = attends(view.stage, view.public, view.stage, view.public)
-    compare(mask, relation_in_tiles(view.stage, view.public).tiles, torch.bfloat16, tolerance=0.02)
+    compare(mask, tiled(view, torch.bfloat16).tiles, torch.bfloat16, tolerance=0.02)
 
 
 def test_heads_that_share_keys_are_given_them():
@@ -125,22 +129,23 @@ def test_heads_that_share_keys_are_given_them():
         random((TEXTS, 4, LENGTH, 8), 0, torch.float32),
         *(random((TEXTS, 2, LENGTH, 8), s, torch.float32) for s in (1, 2)),
     )
-    found = attention(q, k, v, relation_in_tiles(view.stage, view.public))
+    found = attention(q, k, v, tiled(view))
     torch.testing.assert_close(found, attention(q, k, v, Relation(causal=True)), rtol=0, atol=1e-5)
 
 
-def test_a_tile_is_as_drawn():
+def test_a_tile_is_as_drawn(monkeypatch):
+    monkeypatch.setattr(tiles, "_KEYS", 1)
     lines = re.findall(r"row \d ((?:[#.] ){4}[#.])", inspect.getdoc(tiles))
     mask = torch.tensor([[[sign == "#" for sign in line.split()] for line in lines]])
-    (tile,) = cut(mask)
+    (tile,) = cut(mask, (), torch.float32)
     assert tile.keys == (slice(0, 2), slice(3, 5))
-    assert [piece for piece, _ in tile.hidden] == [slice(0, 2), slice(3, 4)]  # of the keys that it computes
+    assert [piece for piece, _ in tile.masks] == [slice(0, 2), slice(3, 4)]  # of the keys that it computes
 
 
 def test_rows_that_nobody_wants_are_skipped_and_change_no_gradient(monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 16)
     view = views(EsoLM(alpha_0=0.5))[1]
-    who = relation_in_tiles(view.stage, view.public)
+    who = tiled(view)
     wanted = (view.weights > 0).any(0)
     fewer = who.reading(wanted)
     masks = view.tokens.shape[1] - (LENGTH - 1)
@@ -151,14 +156,22 @@ def test_rows_that_nobody_wants_are_skipped_and_change_no_gradient(monkeypatch):
 
 def test_tiles_leave_out_half_of_a_causal_pass_and_more_of_one_with_two_halves(monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 8)
+    monkeypatch.setattr(tiles, "_KEYS", 8)
     for algorithm, most in ((AR(), 0.56), (BD3LM(block_size=8), 0.36)):
         (view,) = views(algorithm)
-        scores = sum(tile.num_rows * tile.num_keys for tile in relation_in_tiles(view.stage, view.public).tiles)
+        scores = sum(tile.num_rows * tile.num_keys for tile in tiled(view).tiles)
         assert scores <= most * view.tokens.shape[1] ** 2
+
+
+def test_the_keys_of_a_tile_are_a_multiple_of_32_where_there_is_room(monkeypatch):
+    monkeypatch.setattr(tiles, "_ROWS", 20)
+    (view,) = views(AR())
+    found = tiled(view).tiles
+    assert [tile.keys for tile in found] == [(slice(0, size),) for size in (32, 64, 64, 96, 96)]
+    assert tiles._widened(slice(70, 90), 96) == slice(64, 96)
+    assert tiles._widened(slice(5, 15), 20) == slice(0, 20)
 
 
 def test_texts_that_read_alike_share_one_mask():
     (view,) = views(BD3LM(block_size=8))
-    assert {len(hidden) for tile in relation_in_tiles(view.stage, view.public).tiles for _, hidden in tile.hidden} == {
-        1
-    }
+    assert {len(added) for tile in tiled(view).tiles for _, added in tile.masks} == {1}

@@ -66,14 +66,17 @@ def relation(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"
     return Relation(mask=attends(stage, public, stage, public)[:, None])
 
 
-def relation_in_tiles(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Relation:
-    """The relation of rows among themselves for a pass of training or scoring: on a CPU, in tiles."""
+def relation_in_tiles(
+    stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"], dtype: torch.dtype
+) -> Relation:
+    """The relation of rows among themselves for a pass of training or scoring with scores of this dtype: on a CPU, in
+    tiles."""
     if stage.device.type != "cpu" or stage.shape[1] < _TILED_ROWS:
         return relation(stage, public)
     if bool((stage == stage[:1]).all()) and bool((public == public[:1]).all()):
         stage, public = stage[:1], public[:1]  # one mask for all texts
     halves = (public[0, 1:] != public[0, :-1]).nonzero()[:, 0] + 1
-    return Relation(tiles=cut(attends(stage, public, stage, public), halves.tolist()))
+    return Relation(tiles=cut(attends(stage, public, stage, public), halves.tolist(), dtype))
 
 
 def block_mask(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch row"]) -> Any:

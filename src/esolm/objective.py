@@ -8,7 +8,6 @@ views and no algorithm.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from esolm.attention import relation, relation_in_tiles
 from esolm.denoiser import Denoiser
 from esolm.inference import Network
 
-_CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, enough rows to keep a matrix product busy
+_CHUNK_ROWS = 512  # rows whose logits are held at a time: at fewer, adding to the gradient of a large head dominates
 
 
 def weighted_cross_entropy(
@@ -45,7 +44,7 @@ def of_view(
     `noise` is for dropout; a pass without it drops nothing."""
     weights, targets = view.weights.flatten(), view.targets.flatten()
     rows = weights.nonzero()[:, 0]
-    who = relation_in_tiles(view.stage, view.public)
+    who = relation_in_tiles(view.stage, view.public, _dtype(denoiser.embed.weight))
     hidden = denoiser(view.tokens, view.positions, who, wanted=rows, noise=noise)
     loss, nll = weighted_cross_entropy(hidden, denoiser.head, targets[rows], weights[rows])
     weighted = torch.zeros_like(weights).index_put_((rows,), nll * weights[rows])
@@ -75,25 +74,34 @@ def log_probabilities(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*r
     return masked.log_softmax(-1)
 
 
+def _dtype(weight: Tensor) -> torch.dtype:
+    """Of products with this weight."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        device, dtype = hidden.device.type, _dtype(weight)
         inputs, matrix = hidden.detach().to(dtype), weight.detach().to(dtype)
         wanted = any(ctx.needs_input_grad)
         nll = torch.empty(len(inputs), device=hidden.device)
         grad_hidden = torch.empty_like(inputs) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         grad_bias = torch.zeros(len(weight), device=weight.device) if wanted else None
-        rows = max(1, _CHUNK_ELEMENTS // len(weight))
+        # made once: the pages of a new array for every chunk cost as much as its sums
+        products = torch.empty(min(_CHUNK_ROWS, len(inputs)), len(weight), dtype=dtype, device=hidden.device)
+        held = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
         with torch.autocast(device, enabled=False):
-            for at in range(0, len(inputs), rows):
-                part = slice(at, at + rows)
-                logits = _logits(inputs[part], matrix, bias)
-                peak, wanted_logit = logits.amax(-1, keepdim=True), logits.gather(1, targets[part, None])
+            for at in range(0, len(inputs), _CHUNK_ROWS):
+                part = slice(at, at + _CHUNK_ROWS)
+                x, target = inputs[part], targets[part, None]
+                product, logits = products[: len(x)], held[: len(x)]
+                _logits(x, matrix, bias, product, logits)
+                peak, wanted_logit = logits.amax(-1, keepdim=True), logits.gather(1, target)
                 odds = logits.sub_(peak).exp_()  # in place: a second array of this size costs more than the sum
                 total = odds.sum(-1, keepdim=True)
                 nll[part] = (total.log() + peak - wanted_logit)[:, 0]
@@ -101,11 +109,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     continue
                 # weights times d nll / d logits = weights * (softmax - one_hot(target))
                 scale = weights[part, None].float()
-                grad = odds.mul_(scale / total).scatter_add_(1, targets[part, None], -scale)
+                grad = odds.mul_(scale / total).scatter_add_(1, target, -scale)
                 grad_bias += grad.sum(0)
-                grad = grad.to(dtype)
+                grad = grad if held is products else product.copy_(grad)
                 torch.mm(grad, matrix, out=grad_hidden[part])
-                grad_weight += grad.T @ inputs[part]
+                grad_weight += grad.T @ x
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias if bias is not None else None)
         ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(nll)
@@ -124,9 +132,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         )
 
 
-def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    logits = F.linear(inputs, matrix).float()
+def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None, product: Tensor, out: Tensor) -> None:
+    """Logits in `out`, in float32, by way of `product`, which has the dtype of the product (and may be `out`)."""
+    torch.mm(inputs, matrix.T, out=product)
+    if product.dtype != out.dtype:
+        out.copy_(product)
     if bias is not None:
-        logits += bias
-    logits[:, -1] = -torch.inf
-    return logits
+        out += bias
+    out[:, -1] = -torch.inf

@@ -9,7 +9,7 @@
     row 1 . # . # #
 
 torch's fused kernel is given a mask and computes what the mask hides; in bf16 it takes twice the time of plain products
-on top of that. This knows masks and no rule.
+on top of that. Spans are widened a little where the sizes are faster. This knows masks and no rule.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 _ROWS = 128  # of a tile, about: fewer rows skip more keys, but make products too small to be fast
+_KEYS = 32  # the keys of a tile are a multiple of this where there is room: softmax of 127 takes twice that of 128
 _SCORES_AT_ONCE = 2**20  # of some texts of a tile: they fit a core's share of the cache
 _SCORES_KEPT = 2**24  # of a layer, for the backward pass: 32 MiB in bf16
 
@@ -29,11 +30,11 @@ _SCORES_KEPT = 2**24  # of a layer, for the backward pass: 32 MiB in bf16
 @dataclass(frozen=True)
 class Tile:
     """Rows, the spans of keys that they read, and the pieces of these keys (counted within the tile) that only some of
-    them read, each with a flag for every row that does not."""
+    them read, each with what to add to its scores: nothing where a row reads, else minus infinity."""
 
     rows: slice
     keys: tuple[slice, ...]
-    hidden: tuple[tuple[slice, Bool[Tensor, "text 1 row _"]], ...]
+    masks: tuple[tuple[slice, Float[Tensor, "text 1 row _"]], ...]
 
     @property
     def num_rows(self) -> int:
@@ -44,15 +45,15 @@ class Tile:
         return int(sum(span.stop - span.start for span in self.keys))
 
 
-def cut(mask: Bool[Tensor, "text row key"], edges: Sequence[int] = ()) -> tuple[Tile, ...]:
-    """The tiles of a mask (True where a row reads a key), which may be one for all texts. Rows of one tile should read
-    much the same keys, so no tile lies across one of the `edges`."""
+def cut(mask: Bool[Tensor, "text row key"], edges: Sequence[int], dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles of a mask (True where a row reads a key), which may be one for all texts, for scores of this dtype.
+    Rows of one tile should read much the same keys, so no tile lies across one of the `edges`."""
     bounds = [0, *edges, mask.shape[1]]
     tiles = []
     for start, stop in itertools.pairwise(bounds):
         pieces = max(1, round((stop - start) / _ROWS))
         places = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
-        tiles += [_tile(mask, slice(a, b)) for a, b in itertools.pairwise(places) if a < b]
+        tiles += [_tile(mask, slice(a, b), dtype) for a, b in itertools.pairwise(places) if a < b]
     return tuple(tiles)
 
 
@@ -67,19 +68,30 @@ def attend(
     return out
 
 
-def _tile(mask: Tensor, rows: slice) -> Tile:
+def _tile(mask: Tensor, rows: slice, dtype: torch.dtype) -> Tile:
     part = mask[:, rows]
     read, by_all = part.flatten(0, 1).any(0), part.flatten(0, 1).all(0)
+    for run in list(_runs(read)):
+        read[_widened(run, len(read))] = True
     keys = tuple(_runs(read))
     by_some = ~torch.cat([by_all[span] for span in keys])
     hidden = ~torch.cat([part[:, None, :, span] for span in keys], dim=-1)
-    return Tile(rows, keys, tuple((piece, hidden[..., piece].contiguous()) for piece in _runs(by_some)))
+    pieces = [(piece, hidden[..., piece]) for piece in _runs(by_some)]
+    # added, not filled in: torch adds eight times as fast
+    return Tile(
+        rows, keys, tuple((at, torch.zeros_like(x, dtype=dtype).masked_fill_(x, -torch.inf)) for at, x in pieces)
+    )
 
 
 def _runs(flags: Tensor) -> Iterator[slice]:
     """The stretches of a line of flags that are True."""
     changes = torch.nn.functional.pad(flags.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
     return (slice(a, b) for a, b in zip(changes[::2], changes[1::2], strict=True))
+
+
+def _widened(run: slice, most: int) -> slice:
+    stop = min(most, run.stop + (run.start - run.stop) % _KEYS)
+    return slice(max(0, stop - (stop - run.start + _KEYS - 1) // _KEYS * _KEYS), stop)
 
 
 class _Tiled(torch.autograd.Function):
@@ -125,8 +137,8 @@ def _parts(q: Tensor, tiles: tuple[Tile, ...]) -> Iterator[tuple[Tile, slice]]:
 
 def _probabilities(q: Tensor, k: Tensor, tile: Tile, texts: slice) -> Tensor:
     scores = q[texts, :, tile.rows] @ _read(k[texts], tile.keys).mT
-    for piece, hidden in tile.hidden:
-        scores[..., piece].masked_fill_(hidden if len(hidden) == 1 else hidden[texts], -torch.inf)
+    for piece, mask in tile.masks:
+        scores[..., piece] += mask if len(mask) == 1 else mask[texts]
     return scores.softmax(-1)
 
 
