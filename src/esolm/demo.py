@@ -31,7 +31,7 @@ METHOD = EsoLM(variant="B", alpha_0=0.125, batch_split=0.25)  # diffusion writes
 SOURCE = prepare.Source(data="shakespeare")
 PROMPT = "KING RICHARD.\n"  # speakers as most of the plays print them
 GAP = "HAMLET.\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
-_NUM_STEPS, _TEMPERATURE = 12, 0.8  # of the texts shown
+_NUM_STEPS, _TEMPERATURE, _TOP_P = 12, 0.7, 0.9  # of the texts shown
 _OVERHEAD = 1.06  # of a run over its steps: validation, checkpoints, the journal
 _ALLOWED = 1.25  # a run may take this much longer than planned before it is stopped
 _TIMED_STEPS, _TIMED_TEXTS = 6, 5
@@ -72,7 +72,8 @@ def run(
         _tell(console, f"\nStopped; the trained model is in {folder}. Go on with: {again}")
         raise
     _tell(console, f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes.")
-    _tell(console, f"Write more:    esolm sample {shlex.quote(str(folder))} --prompt 'JULIET.' --temperature 0.8")
+    options = f"--prompt 'JULIET.' --temperature {_TEMPERATURE} --top-p {_TOP_P}"
+    _tell(console, f"Write more:    esolm sample {shlex.quote(str(folder))} {options}")
     _tell(console, f"Open the page: {page.resolve()}")
     return page
 
@@ -160,7 +161,7 @@ def _show(model: Model, out: Path, seed: int, console: Console) -> Path:
     _say(console, "A text written in two phases: diffusion first, in any order; then the rest, left to right")
     written = _shown(model, _request(model, seed), console, slower=0.04)
     _say(console, "Two gaps filled, with what stands on both sides in view")
-    gaps = model.gaps(GAP, seed=seed, num_steps=4, temperature=_TEMPERATURE)
+    gaps = model.gaps(GAP, seed=seed, num_steps=4, temperature=_TEMPERATURE, top_p=_TOP_P)
     filled = _shown(model, gaps, console, slower=0.12)
     _say(console, "Speed of the five methods on this network")
     speeds = _speeds(model, console)
@@ -174,7 +175,7 @@ def _show(model: Model, out: Path, seed: int, console: Console) -> Path:
 
 
 def _request(model: Model, seed: int) -> Request:
-    return model.request(prompt=PROMPT, seed=seed, num_steps=_NUM_STEPS, temperature=_TEMPERATURE)
+    return model.request(prompt=PROMPT, seed=seed, num_steps=_NUM_STEPS, temperature=_TEMPERATURE, top_p=_TOP_P)
 
 
 def _shown(model: Model, request: Request, console: Console, *, slower: float) -> tuple[Request, list[Reveal]]:
