@@ -43,6 +43,13 @@ def interrupted_after(model: Model, monkeypatch, calls: int) -> None:
     monkeypatch.setattr(model, "complete", completed)
 
 
+def refuses_to_write(model: Model, monkeypatch) -> None:
+    def completed(part):
+        pytest.fail("the model wrote")
+
+    monkeypatch.setattr(model, "complete", completed)
+
+
 def test_texts_are_those_of_the_model(model, console, tmp_path):
     texts.as_json(model, requests(model, 3), tmp_path / "texts.jsonl", console=console)
     records = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -70,14 +77,14 @@ def test_finished_texts_are_kept_when_the_others_are_interrupted(model, console,
 @pytest.mark.parametrize("place", ["", "missing/texts.jsonl", "file/texts.jsonl"])
 def test_a_file_that_cannot_be_written_is_refused_before_the_model_writes(model, console, tmp_path, monkeypatch, place):
     (tmp_path / "file").touch()
-    interrupted_after(model, monkeypatch, calls=0)
+    refuses_to_write(model, monkeypatch)
     with pytest.raises(ValueError, match="cannot write to"):
         texts.as_json(model, requests(model, 1), tmp_path / place, console=console)
 
 
 def test_a_file_that_holds_something_is_not_overwritten(model, console, tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text("precious\n")
-    interrupted_after(model, monkeypatch, calls=0)
+    refuses_to_write(model, monkeypatch)
     with pytest.raises(ValueError, match="exists already"):
         texts.as_json(model, requests(model, 1), tmp_path / "texts.jsonl", console=console)
     assert (tmp_path / "texts.jsonl").read_text() == "precious\n"
