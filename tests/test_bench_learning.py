@@ -1,5 +1,7 @@
 """The bench of learning: what it counts is what a step has to do, and its figures follow from one another."""
 
+import time
+
 import pytest
 import torch
 from rich.console import Console
@@ -62,6 +64,15 @@ def test_padding_is_no_work():
     assert work_of(padded, NETWORK).flops < work_of(whole, NETWORK).flops / 2
 
 
+def test_a_row_without_a_target_that_nobody_reads_is_no_work():
+    given = torch.zeros(TEXTS, LENGTH, dtype=torch.bool)
+    given[:, -1] = True
+    tokens = torch.zeros(TEXTS, LENGTH, dtype=torch.int64)
+    (view,) = AR().views(Batch(tokens=tokens, given=given, valid=~given | given), NOISE, VOCAB - 1)
+    work = work_of(view, NETWORK)
+    assert (work.fed, work.rows, work.targets) == (TEXTS * LENGTH, TEXTS * (LENGTH - 1), TEXTS * (LENGTH - 1))
+
+
 def test_two_halves_cost_more_rows_and_no_more_targets():
     (blocks,) = views(BD3LM(block_size=4))
     assert work_of(blocks, NETWORK).rows == TEXTS * (2 * LENGTH - 4)
@@ -90,6 +101,7 @@ def test_figures_are_of_the_steps_that_users_run_and_the_first_warms_up(monkeypa
 
     def learn(run, network, batch, step):
         steps.append((type(run.algorithm).__name__, step, len(batch.tokens)))
+        time.sleep(0 if step else 0.2)
         network.head.weight.grad = torch.ones_like(network.head.weight)
         return {}
 
@@ -98,6 +110,7 @@ def test_figures_are_of_the_steps_that_users_run_and_the_first_warms_up(monkeypa
     assert [step for name, step, _ in steps if name == "MDLM"] == [0, 1, 2]
     assert {texts for *_, texts in steps} == {3}
     assert len(steps) == 3 * len(taken.rows)
+    assert min(row.slowest for row in taken.rows) < 0.2
 
 
 def test_the_table_shows_every_row(found):
