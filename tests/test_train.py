@@ -95,8 +95,8 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(loader, algorithm):
 
 
 def test_dropout_differs_from_step_to_step_and_seed_to_seed_and_touches_no_global_state(loader):
-    batch, network = loader.batch(0, 0, 8, 8), Denoiser(replace(NETWORK, dropout=0.5), torch.Generator().manual_seed(0))
-    before = torch.get_rng_state()
+    batch, before = loader.batch(0, 0, 8, 8), torch.get_rng_state()
+    network = Denoiser(replace(NETWORK, dropout=0.5), torch.Generator().manual_seed(0))
     run = settings(network=network.config, algorithm=AR())  # AR's own views draw nothing
     found = [learn(r, network, batch, step) for r, step in ((run, 0), (run, 0), (run, 1), (replace(run, seed=1), 0))]
     assert found[0] == found[1]

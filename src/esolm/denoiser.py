@@ -107,10 +107,12 @@ class Denoiser(nn.Module):
     def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = _norm(config, config.width)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        with torch.device("meta"):  # torch's own first values, from its global generator, are never drawn
+            self.embed = nn.Embedding(config.vocab_size, config.width)
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+            self.norm = _norm(config, config.width)
+            self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
+        self.to_empty(device=torch.get_default_device())
         cos, sin = _angles(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -162,14 +164,16 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None) -> None:
-        """Normal with deviation 0.02; what writes into the residual stream is smaller with depth; biases zero."""
+        """Normal with deviation 0.02; what writes into the residual stream is smaller with depth; biases zero, norms
+        one. Without a generator, that of seed 0: never torch's global one."""
+        generator = generator or torch.Generator().manual_seed(0)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 deep = name.endswith(("out.weight", "down.weight"))
                 deviation = 0.02 / (2 * self.config.layers) ** 0.5 if deep else 0.02
                 parameter.normal_(0.0, deviation, generator=generator)
-            elif name.endswith("bias"):
-                parameter.zero_()
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
 class Block(nn.Module):
