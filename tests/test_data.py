@@ -146,6 +146,19 @@ def test_a_pair_is_prompt_given_answer_scored_and_padding(tmp_path):
     assert loader.num_cut == 1
 
 
+def test_behind_an_answer_stand_none_to_all_ends_of_text_there_is_room_for(tmp_path):
+    """A model that never saw what follows an answer wrote letters there, in diffusion's order, and read them."""
+    loader = Loader(tokenize_pairs([("ab", "c")] * 50, BYTES, tmp_path / "pairs"), length=9)
+    batches = [loader.batch(step, 0, 50, 50) for step in range(8)]
+    counts = np.bincount(torch.cat([batch.valid.sum(1) for batch in batches]), minlength=10)
+    assert not counts[:4].any() and (abs(counts[4:] - 400 / 6) < 40).all()  # five standard deviations
+    for batch in batches:
+        assert batch.tokens.tolist() == [[*b"abc", *[256] * 6]] * 50 and batch.given.sum() == 100
+    assert torch.equal(Loader(loader.data, length=9).batch(3, 0, 50, 50).valid, batches[3].valid)
+    assert not torch.equal(batches[3].valid, batches[4].valid)
+    assert all((batch.valid.sum(1) == 4).all() for batch in loader.windows(50))
+
+
 def test_a_long_answer_keeps_its_beginning(tmp_path):
     data = tokenize_pairs([("prompt", "a long answer")], BYTES, tmp_path / "pairs")
     with pytest.warns(UserWarning, match="1 of 1 pairs"):

@@ -18,7 +18,7 @@ from esolm.noise import generator
 from esolm.shards import TokenData
 
 _ROUNDS = 8  # four leave neighbours of small ranges together too often
-_OFFSETS, _WINDOWS = 10, 11  # purposes of random numbers
+_OFFSETS, _WINDOWS, _ENDS = 10, 11, 13  # purposes of random numbers
 
 
 class Loader:
@@ -26,7 +26,9 @@ class Loader:
 
     Of documents: windows of the stream, each once an epoch in an order of the epoch's own, from a grid that is moved
     every epoch. Of pairs: one pair a row, its prompt given, padded; a long prompt is cut on its left, a long answer on
-    its right, and a warning says how many are.
+    its right, and a warning says how many are. To learn from, a pair is followed by a drawn number of further
+    ends-of-text, none to all there is room for: a text is written in any order, so a model must know what stands behind
+    an answer, or what it puts there misleads it.
     """
 
     def __init__(self, data: TokenData, *, length: int, seed: int = 0) -> None:
@@ -73,7 +75,7 @@ class Loader:
         """Rows at places of an epoch's order."""
         moved = permuted(places, self.num_rows, self.seed, _WINDOWS, epoch).tolist()
         if self.data.paired:
-            return [self._pair(place) for place in moved]
+            return [self._ended(self._pair(place), epoch, place) for place in moved]
         offset = int(generator(self.seed, _OFFSETS, epoch).integers(self._total))
         return [(self._stream(offset + place * self.length, self.length), 0) for place in moved]
 
@@ -100,6 +102,13 @@ class Loader:
         end = min(end, answer + self.length)
         begin = max(begin, end - self.length)
         return self.data.tokens(begin, end), answer - begin
+
+    def _ended(self, row: "_Row", epoch: int, place: int) -> "_Row":
+        """A pair with the ends-of-text that are drawn to follow it."""
+        tokens, prompt = row
+        room = self.length - len(tokens)
+        count = int(generator(self.seed, _ENDS, epoch, place).integers(room + 1))
+        return np.pad(tokens, (0, count), constant_values=self.data.end_id), prompt
 
     def _collected(self, rows: "list[_Row]") -> Batch:
         tokens = np.full((len(rows), self.length), self.data.end_id)
