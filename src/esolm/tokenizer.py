@@ -22,8 +22,8 @@ from tokenizers import Tokenizer as Backend
 END, MASK = "<|endoftext|>", "<|mask|>"
 _KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_FILES = ("encoder.json", "vocab.bpe")
-_PIECE = 2**14  # characters encoded at a time
-_TOGETHER = 512  # pieces encoded together
+_PIECE = 2**12  # characters encoded at a time
+_TOGETHER = 256  # pieces encoded together: enough for every core, and what is held stays small
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # other white space is read together with its neighbours: "\n\n" may be one token
 _LINES = ("Words, two.\n", "3 (four)\n", "«é»\n", "last")  # probes
 
