@@ -4,6 +4,7 @@ These read the source as syntax trees, so an import inside a function counts as 
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,6 +110,15 @@ def test_only_ranks_says_torch_distributed(path):
     used = [ast.unparse(n) for n in ast.walk(TREES[path]) if isinstance(n, ast.Attribute)]
     assert not named
     assert "torch.distributed" not in used
+
+
+@each()
+def test_every_constant_that_is_read_is_there(path):
+    """Names of shapes keep ruff and mypy from looking for undefined names."""
+    names = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load) and re.fullmatch("_?[A-Z][A-Z0-9_]+", node.id)}
+    written = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    assert not read - written - {name.rpartition(".")[2] for name, _ in imports(TREES[path])}
 
 
 @each()
