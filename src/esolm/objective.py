@@ -60,7 +60,7 @@ def scores_of_view(network: Network, view: View) -> Float[Tensor, "batch row"]:
     rows = weights.nonzero()[:, 0]
     hidden = network(view.tokens, view.positions, relation(view.stage, view.public)).flatten(0, 1)
     scores = torch.zeros_like(weights)
-    for part in rows.split(_CHUNK_ROWS):
+    for part in torch.split(rows, _CHUNK_ROWS):
         found = log_probabilities(network.logits(hidden[part])).gather(1, targets[part, None])[:, 0]
         scores[part] = -found * weights[part]
     return scores.view_as(view.weights)

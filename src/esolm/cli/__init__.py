@@ -6,7 +6,6 @@ torch is imported inside the commands, so that `--help` answers at once. Exit co
 """
 
 import errno
-import os
 import shutil
 import sys
 import textwrap
@@ -60,7 +59,6 @@ def _run(call: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except (ValueError, ArithmeticError, OSError) as problem:
         fail(_told(problem), _exit_code(problem))
@@ -72,7 +70,7 @@ def _run(call: Callable[[], None]) -> None:
 
 def _overview() -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = ["usage: esolm COMMAND [OPTIONS]", "", _DESCRIPTION, ""]
+    lines = ["usage: esolm COMMAND [OPTIONS]", "", *textwrap.wrap(_DESCRIPTION, width), ""]
     for name, command in _COMMANDS.items():
         told = textwrap.wrap(summary(command), width - 13)
         lines += [f"  {name:<10} {told[0]}", *(" " * 13 + line for line in told[1:])]

@@ -9,9 +9,7 @@ import functools
 import inspect
 import io
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -63,9 +61,7 @@ def call_of(command: Callable[..., None], name: str, arguments: Sequence[str]) -
 def summary(command: Callable[..., None], *, whole: bool = False) -> str:
     """What a command's docstring says of it: its first paragraph, or all that stands before its arguments."""
     told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
-    first, *more = told.replace(":\n\n", ":\n").split("\n\n")
-    first = " ".join(first.split())
-    return "\n\n".join((textwrap.fill(first, shutil.get_terminal_size().columns), *more)) if whole else first
+    return told.replace(":\n\n", ":\n") if whole else " ".join(told.partition("\n\n")[0].split())
 
 
 def fail(message: str, code: int) -> NoReturn:
