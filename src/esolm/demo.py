@@ -29,7 +29,7 @@ from esolm.train import Outcome, Run, learn, train
 VOCAB_SIZE = 4096
 METHOD = EsoLM(variant="B", alpha_0=0.125, batch_split=0.25)  # diffusion writes little, and learns from less
 SOURCE = prepare.Source(data="shakespeare")
-PROMPT = "KING RICHARD.\n"  # speakers as most of the plays print them
+PROMPT = "KING RICHARD.\nNow is the winter"  # speakers as most of the plays print them
 GAP = "HAMLET.\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
 _NUM_STEPS, _TEMPERATURE, _TOP_P = 12, 0.7, 0.9  # of the texts shown
 _OVERHEAD = 1.06  # of a run over its steps: validation, checkpoints, the journal
