@@ -167,6 +167,7 @@ def test_a_run_that_is_killed_while_it_saves_loads_with_its_newest_step(tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_a_thousand_times_while_it_saves_loads_each_time(tmp_path):
-    saves, partial = survive(tmp_path, 1000, random.randrange(2**32))
-    assert saves > 100 and partial > 100
+@pytest.mark.timeout(1200)
+def test_a_run_that_is_killed_hundreds_of_times_while_it_saves_loads_each_time(tmp_path):
+    saves, partial = survive(tmp_path, 400, random.randrange(2**32))
+    assert saves > 40 and partial > 40
