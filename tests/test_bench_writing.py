@@ -86,8 +86,3 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, nam
 def test_no_repeats_are_refused():
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         measured("ar", repeats=0)
-
-
-def test_a_length_that_a_method_cannot_write_is_refused():
-    with pytest.raises(ValueError, match="not divisible by block_size"):
-        measured("bd3lm", settings=[Setting(length=30, vocab_size=300, width=32, layers=1, heads=2)])

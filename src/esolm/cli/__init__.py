@@ -6,6 +6,7 @@ torch is imported inside the commands, so that `--help` answers at once. Exit co
 """
 
 import errno
+import os
 import shutil
 import sys
 import textwrap
@@ -59,6 +60,7 @@ def _run(call: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written nowhere, on exit too
         sys.exit(0)
     except (ValueError, ArithmeticError, OSError) as problem:
         fail(_told(problem), _exit_code(problem))
