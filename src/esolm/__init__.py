@@ -2,7 +2,7 @@
 
     import esolm
     model = esolm.load("out/demo/run")
-    print(model.sample(prompt="ROMEO:")[0])
+    print(model.sample(prompt="JULIET.")[0])
 
 Names and modules are imported when they are first used, so that `import esolm` costs nothing. Training is
 `esolm.train.train`: a module hides a function of its name.

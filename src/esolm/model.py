@@ -1,7 +1,7 @@
 """A trained model as its users hold it: network, method and tokenizer together; texts in, texts out.
 
     model = esolm.load("runs/demo")
-    model.sample(4, prompt="ROMEO:", seed=1)      model.infill("To be, or ____, that is")      model.score("O Romeo!")
+    model.sample(4, prompt="JULIET.", seed=1)      model.infill("To be, or ____, that is")      model.score("O Romeo!")
 
 Every call can be had as values too: `request` makes a `Request`, `write` yields its `Reveal`s. It trains nothing.
 """

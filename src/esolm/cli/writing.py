@@ -68,13 +68,13 @@ def sample(
     Examples:
 
       esolm sample runs/first
-      esolm sample runs/first --prompt "ROMEO:" --num-steps 16 --seed 3
+      esolm sample runs/first --prompt "JULIET." --num-steps 16 --seed 3
       esolm sample runs/first --num 100 --output texts.jsonl
 
     In Python:
 
       model = esolm.load("runs/first")
-      texts = model.sample(100, prompt="ROMEO:", num_steps=16, seed=3)
+      texts = model.sample(100, prompt="JULIET.", num_steps=16, seed=3)
 
     Args:
         checkpoint: A run's folder or one step of it.
@@ -100,12 +100,12 @@ def infill(
     Examples:
 
       esolm infill runs/first "To be, or ____, that is the question"
-      esolm infill runs/first "ROMEO: __ JULIET: __" --tokens 12
+      esolm infill runs/first "JULIET. __ ROMEO. __" --tokens 12
 
     In Python:
 
       model = esolm.load("runs/first")
-      text = model.infill("ROMEO: __ JULIET: __", tokens=12)
+      text = model.infill("JULIET. __ ROMEO. __", tokens=12)
 
     Args:
         checkpoint: A run's folder or one step of it.
