@@ -288,7 +288,7 @@ class _Dropout:
 
 
 def _normed(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
-    """The norm of each row. At a few rows, calling the module takes longer than the norm does."""
+    """The norm of each row. At a few rows, calling the module costs a good part of the norm itself."""
     shape: list[int] = list(x.shape[-1:])
     if isinstance(norm, nn.RMSNorm):
         return torch.rms_norm(x, shape, norm.weight, norm.eps)

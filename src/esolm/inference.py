@@ -1,6 +1,6 @@
 """The denoiser as it only writes: the same function of the same weights, with no more work a row than that takes.
 
-At a few rows most of a step would go to Python and to small kernels, not to the weights. So on a CPU the network is
+At a few rows half of a step would go to Python and to small kernels, not to the weights. So on a CPU the network is
 plain objects in a list, its products are laid out beforehand (products.py), and the residual stream, norms, attention
 and its cache stay in float32, which is as fast there for a few rows. On other devices it is the denoiser itself, in
 bf16 where that is faster. It learns nothing, and does not follow the denoiser that it was made from.

@@ -30,8 +30,8 @@ _INT8_ROWS = 32  # with more rows than this, unpacking the weights once is cheap
 
 
 class Product(ABC):
-    """A linear layer, `[*rows, inputs] -> [*rows, outputs]`, that only computes: a plain object, since at a few rows
-    calling a module takes as long as a small product."""
+    """A linear layer, `[*rows, inputs] -> [*rows, outputs]`, that only computes: a plain object, since a step makes
+    dozens of calls and a module adds to each."""
 
     kind: str
     size: int  # bytes of a weight
