@@ -202,7 +202,7 @@ MISTAKES = [
     ("infill RUN __ --tokens 0", 2, "tokens must be at least 1"),
     ("infill RUN __ --tokens 33", 2, "the model holds 32"),
     ("evaluate", 2, "at least one checkpoint"),
-    ("evaluate RUN --data TEXT --orders -1", 2, "orders must be at least 0"),
+    ("evaluate RUN --data TEXT --orders -1", 2, "orders must be at least 1"),
     ("evaluate RUN --data TEXT --texts -1", 2, "texts must be at least 1"),
     ("evaluate RUN --data LATIN", 3, "is not UTF-8"),
     ("evaluate RUN --data NOWHERE", 3, "there is no file"),

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # A module imports only from lines above its own.
 LEVELS = (
     "types plain noise tiles",
-    "schedule attention draw calibrate seal",
+    "schedule attention draw calibrate seal records",
     "order cache",
     "denoiser",
     "products",

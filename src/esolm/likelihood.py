@@ -29,7 +29,8 @@ Kind = Literal["exact", "NELBO", "importance-weighted bound"]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Nats a token over texts, with the standard error over texts (and over the draws of a Monte Carlo estimate)."""
+    """Nats a token over texts, with the standard error over texts and draws together (as for other texts of the kind),
+    and the Monte Carlo error of the draws alone (as for these texts; None where one draw a text cannot tell)."""
 
     kind: Kind
     nats_per_token: float
@@ -37,6 +38,7 @@ class Estimate:
     num_tokens: int
     num_texts: int
     samples: int = 1
+    monte_carlo_error: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -75,8 +77,29 @@ def importance_weighted(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    each = [log_likelihood(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
-    return torch.logsumexp(torch.stack(each), dim=0) - math.log(samples)
+    kind: Kind = "importance-weighted bound"
+    return -combined(kind, draws(network, algorithm, batch, noise, kind, samples))
+
+
+def draws(
+    network: Network, algorithm: Algorithm, batch: Batch, noise: Noise, kind: Kind, samples: int
+) -> Float64[Tensor, "batch sample"]:
+    """What `combined` makes a measure of, in nats: estimates of the NELBO, or -log p under each of `samples` orders.
+
+    Draw `k` is that of `noise.step + k`, so that more samples keep the draws of fewer.
+    """
+    if kind == "NELBO":
+        each = [nelbo(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
+    else:
+        each = [-log_likelihood(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
+    return torch.stack(each, dim=1)
+
+
+def combined(kind: Kind, each: Float64[Tensor, "batch sample"]) -> Float64[Tensor, "batch"]:
+    """The measure of each text, in nats: the mean of draws, or minus the log of the mean likelihood."""
+    if kind == "importance-weighted bound":
+        return math.log(each.shape[1]) - torch.logsumexp(-each, dim=1)
+    return each.mean(1)
 
 
 def estimate(
@@ -90,44 +113,59 @@ def estimate(
 ) -> Estimate:
     """A measure over texts, `samples` draws each. A text's numbers depend on its place among the texts, not on the
     sizes of the batches. Texts must all be padded to one length, for which the random numbers are drawn."""
-    nats, tokens, at = [], [], 0
+    found, tokens, at = [], [], 0
     for batch in batches:
         noise = Noise(seed=seed, step=0, start=at, stop=at + len(batch.tokens), total=at + len(batch.tokens))
-        nats.append(_measure(network, algorithm, batch, noise, kind, samples))
+        found.append(draws(network, algorithm, batch, noise, kind, samples))
         tokens.append(batch.scored.sum(1))
         at = noise.stop
-    if not nats:
+    if not found:
         raise ValueError("there is no text to score")
-    return _summary(torch.cat(nats), torch.cat(tokens).double(), kind, samples)
+    return summary(torch.cat(found), torch.cat(tokens).double(), kind)
 
 
-def _measure(
-    network: Network, algorithm: Algorithm, batch: Batch, noise: Noise, kind: Kind, samples: int
-) -> Float64[Tensor, "batch"]:
-    if kind == "exact":
-        return -log_likelihood(network, algorithm, batch, noise)
-    if kind == "NELBO":
-        draws = [nelbo(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
-        return torch.stack(draws).mean(0)
-    return -importance_weighted(network, algorithm, batch, noise, samples)
-
-
-def _summary(nats: Float64[Tensor, "text"], tokens: Float64[Tensor, "text"], kind: Kind, samples: int) -> Estimate:
-    """The ratio of sums, and its standard error from the spread of the texts about it."""
-    texts, count = len(nats), float(tokens.sum())
+def summary(each: Float64[Tensor, "text sample"], tokens: Float64[Tensor, "text"], kind: Kind) -> Estimate:
+    """The ratio of sums over texts, its standard error from the spread of the texts about it, and the error of the
+    draws alone. ArithmeticError for a score that is not finite."""
+    nats, (texts, samples) = combined(kind, each), each.shape
+    count = float(tokens.sum())
     if not count:
         raise ValueError("there is no token to score: every one is given or padding")
+    refuse_not_finite(each)
     mean = float(nats.sum()) / count
     spread = float((nats - mean * tokens).square().sum())
-    error = math.sqrt(spread * texts / (texts - 1)) / count if texts > 1 else math.nan
     return Estimate(
         kind=kind,
         nats_per_token=mean,
-        standard_error=error,
+        standard_error=math.sqrt(spread * texts / (texts - 1)) / count if texts > 1 else math.nan,
         num_tokens=int(count),
         num_texts=texts,
         samples=samples,
+        monte_carlo_error=_error_of_draws(kind, each, count),
     )
+
+
+def refuse_not_finite(each: Float64[Tensor, "text sample"], first: int = 0) -> None:
+    """ArithmeticError for a score that is not finite, by the number of its text (the first of these is `first`)."""
+    bad = (~each.isfinite()).nonzero()
+    if len(bad):
+        text, draw = (int(place) for place in bad[0])
+        raise ArithmeticError(
+            f"the score of text {first + text} is {float(each[text, draw])}: the weights are damaged, or too large for "
+            "this dtype"
+        )
+
+
+def _error_of_draws(kind: Kind, each: Float64[Tensor, "text sample"], num_tokens: float) -> float | None:
+    """From the spread of each text's own draws; for the log of a mean by its first-order expansion."""
+    samples = each.shape[1]
+    if kind == "exact":
+        return 0.0
+    if samples == 1:
+        return None
+    if kind == "importance-weighted bound":
+        each = torch.softmax(-each, dim=1) * samples  # each likelihood over their mean
+    return math.sqrt(float(each.var(1).sum()) / samples) / num_tokens
 
 
 def _later(noise: Noise, draws: int) -> Noise:

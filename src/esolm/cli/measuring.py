@@ -1,5 +1,6 @@
 """`esolm evaluate`, `esolm info`, `esolm verify` and `esolm demo`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,27 @@ from esolm.cli.parsing import Checkpoint, DtypeName, Flag, Maybe
 from esolm.cli.terminal import bars, console, loaded, print_json, say
 
 if TYPE_CHECKING:
+    from esolm.evaluate import Row
     from esolm.model import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How texts are scored."""
+
+    samples: int = 4
+    """Draws of the NELBO for each text."""
+    orders: Annotated[tuple[int, ...], tyro.conf.arg(metavar="K ...", help_behavior_hint="")] = ()
+    """Also the importance-weighted bound of so many orders (Eso-LM)."""
+    texts: int = 256
+    """At most this many windows of text; 0 is all of them."""
+    context: int = 0
+    """Tokens that a window reads of the one before it; they are not scored twice."""
+    seed: int = 0
+    """Of the draws."""
+
+
+_SCORING = Scoring()
 
 
 def evaluate(
@@ -18,10 +39,8 @@ def evaluate(
     ],
     data: Maybe[str] = None,
     field: str = "text",
-    samples: int = 4,
-    orders: int = 0,
-    texts: int = 256,
-    seed: int = 0,
+    scoring: Scoring = _SCORING,
+    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FOLDER")] = None,
     dtype: Maybe[DtypeName] = None,
     device: str = "auto",
     json: Flag = False,
@@ -31,7 +50,8 @@ def evaluate(
     Examples:
 
       esolm evaluate runs/first
-      esolm evaluate runs/ar runs/mdlm runs/esolm --data held-out.txt --orders 10
+      esolm evaluate runs/ar runs/mdlm runs/esolm --data held-out.txt --orders 1 10 100
+      esolm evaluate runs/first --texts 0 --context 64 --out results/first
       esolm evaluate runs/first --dtype int8
 
     In Python:
@@ -45,28 +65,34 @@ def evaluate(
         checkpoints: Runs' folders or single steps.
         data: A text file, a folder, JSON lines, Parquet, hf:NAME; left out, what each run held out of its own text.
         field: Field of the text in JSON lines, Parquet or a data set.
-        samples: Draws of the NELBO for each text.
-        orders: Also the importance-weighted bound of this many orders (Eso-LM).
-        texts: At most this many windows of text; 0 is all of them.
-        seed: Of the draws.
+        scoring: How texts are scored.
+        out: Folder that keeps each score as it comes (an interrupted evaluation goes on) and table.md, table.json.
         dtype: Score with the products that write in this dtype; left out, exactly, in float32.
         device: auto, cpu, cuda, cuda:1, ...
         json: Print JSON lines instead of a table.
     """
     from esolm import corpus, prepare
     from esolm.evaluate import evaluate as measure
-    from esolm.evaluate import table
+    from esolm.evaluate import keep
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm evaluate CHECKPOINT --data FILE")
     given = None if data is None else list(corpus.documents(prepare.located(data), field=field))
-    how: dict[str, Any] = {"samples": samples, "orders": orders, "texts": texts or None, "seed": seed}
+    how = {**vars(scoring), "texts": scoring.texts or None, "scores": None if out is None else out / "scores"}
     rows = []
     for path in checkpoints:
         documents = prepare.held_out(path) if given is None else given
         model = loaded(path, dtype or "float32", device)
         name = str(path) if dtype is None else f"{path} in {dtype}"
         rows += measure(model, documents, name=name, as_written=dtype is not None, console=bars(), **how)
+    if out is not None:
+        keep(rows, out)
+    _print(rows, json)
+
+
+def _print(rows: "list[Row]", json: bool) -> None:
+    from esolm.evaluate import table
+
     if json:
         for row in rows:
             print_json(row.values())

@@ -1,0 +1,66 @@
+"""Results kept as they come: JSON lines under a key, so that a measurement that was interrupted goes on where it was.
+
+    scores/nelbo-1f0c2d9e.jsonl     {"key": {"weights": "..", "seed": 0, ..}}      all that decides on the results
+                                    {"nats": [41.5, 40.9], ..}                     the first result, and so on in order
+
+Another key is another file, so that results of two settings never mix. It knows nothing of what it keeps.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from esolm import plain
+
+
+class Records:
+    """The results of one key in a folder, in the order in which they came. A torn last line is dropped.
+
+    ValueError if the file holds another key or a line that is none of ours; OSError where it cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str, key: Mapping[str, Any]) -> None:
+        first = json.dumps({"key": key}, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        self.path = folder / f"{name}-{hashlib.sha256(first.encode()).hexdigest()[:16]}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.entries: list[dict[str, Any]] = []
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        whole = whole[: whole.rfind(b"\n") + 1]
+        lines = whole.decode(errors="replace").splitlines()
+        if lines and lines[0] != first:
+            raise ValueError(f"{self.path} holds other results than its name says: remove it")
+        for number, line in enumerate(lines[1:], start=2):
+            self.entries.append(self._read(line, number))
+        self._file = self.path.open("ab")
+        self._file.truncate(len(whole))
+        if not lines:
+            self._append(first)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Keep a result; it is in the file when this returns."""
+        self._append(json.dumps(entry, ensure_ascii=False, allow_nan=False))
+        self.entries.append(dict(entry))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _append(self, line: str) -> None:
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def _read(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            entry = plain.parse(line)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            raise ValueError(f"{self.path} is damaged at line {number}: remove it, and its results are made again")
+        return entry
