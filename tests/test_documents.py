@@ -4,6 +4,7 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def place(tmp_path_factory) -> Path:
         (place / name).write_text(TEXT)
     rows = [f'{{"question": "{n} and {n}?", "prompt": "{n} and {n}?", "answer": "{2 * n}"}}' for n in range(40)]
     (place / "qa.jsonl").write_text("\n".join(rows))
+    shutil.copy(ROOT / "tests/reference/a.esolm.lightning.ckpt", place / "last.ckpt")
     text = prepare.prepare(prepare.Source(data=str(place / "books")), place / "tokens", vocab_size=258)
     options = {"tokenizer": text.tokenizer, "validation": text.validation(96)}
     for name in ("runs/first", "out/demo/run"):

@@ -17,8 +17,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # A module imports only from lines above its own.
 LEVELS = (
     "types plain noise tiles",
-    "schedule attention draw calibrate seal records",
-    "order cache",
+    "schedule attention draw calibrate seal records pickled",
+    "order cache archive",
     "denoiser",
     "products",
     "inference",
@@ -26,9 +26,9 @@ LEVELS = (
     "algorithms.ar algorithms.bd3lm algorithms.esolm algorithms.mdlm",
     "algorithms",
     "objective",
-    "tokenizer corpus optim ranks journal checkpoint importers sample likelihood quality",
-    "shards watch",
-    "data",
+    "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
+    "shards watch theirs",
+    "data importers",
     "model train report",
     "evaluate recipes texts bench.learning bench.writing",
     "bench bench.plot",
@@ -36,7 +36,7 @@ LEVELS = (
     "demo",
     "__init__ cli.parsing",
     "cli.terminal",
-    "cli.learning cli.measuring cli.timing cli.writing",
+    "cli.importing cli.learning cli.measuring cli.timing cli.writing",
     "cli",
     "__main__",
 )

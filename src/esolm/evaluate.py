@@ -208,10 +208,10 @@ def _check(model: Model, samples: int, orders: Sequence[int], texts: int | None,
 
 def _windows(model: Model, documents: Sequence[str], context: int) -> list[_Window]:
     """Every token of every document, and its end-of-text, is scored in exactly one window."""
-    end = model.tokenizer.end_id
+    end = [] if model.tokenizer.end_id is None else [model.tokenizer.end_id]
     windows = []
     for number, document in enumerate(documents):
-        ids = [*model.tokenizer.encode(document), end] if document else []
+        ids = [*model.tokenizer.encode(document), *end] if document else []
         at = 0
         while at < len(ids):
             given = min(context, at)
@@ -254,7 +254,7 @@ def _scored(
 
 def _batch(model: Model, windows: Sequence[_Window]) -> Batch:
     """Windows padded to the model's length."""
-    tokens = torch.full((len(windows), model.length), model.tokenizer.end_id)
+    tokens = torch.full((len(windows), model.length), model.tokenizer.pad_id)
     lengths = torch.tensor([len(window.tokens) for window in windows])[:, None]
     given = torch.tensor([window.given for window in windows])[:, None]
     for row, window in enumerate(windows):

@@ -31,7 +31,9 @@ _MASK = 1
 def replay(model: Model, title: str, caption: str, request: Request, reveals: Sequence[Reveal]) -> report.Replay:
     """A text as it was written, with the string of each of its tokens."""
     end_id = model.tokenizer.end_id
-    tokens = dict.fromkeys(range(request.length), end_id) | dict(request.given)  # never written: after the end
+    tokens = dict.fromkeys(range(request.length), model.tokenizer.pad_id) | dict(
+        request.given
+    )  # never written: after the end
     for reveal in reveals:
         tokens.update(zip(reveal.positions, reveal.tokens, strict=True))
     ends = (p for p in range(request.length) if tokens[p] == end_id and p not in request.given)

@@ -248,6 +248,8 @@ class Model:
                 f"{self.facts['step']:,} of {run['num_steps']:,} steps of {run['batch_size']} texts, "
                 f"learning rate {rate:g}, seed {run['seed']}, {self.facts.get('seconds', 0) / 60:.1f} minutes"
             )
+        if imported := self.facts.get("imported"):
+            told["imported"] = f"from {imported['from']} ({imported['found']}), weights {imported['weights']}"
         if source := self.facts.get("origin"):
             told["data"] = f"{source['data']}{', prompts and answers' if source['pairs'] else ''}"
         return told
@@ -255,7 +257,7 @@ class Model:
     def _repeated(self, ids: list[int], samples: int) -> Batch:
         """One text `samples` times, padded to a length that the method can take."""
         length = -(-len(ids) // self.algorithm.length_multiple) * self.algorithm.length_multiple
-        tokens = torch.full((samples, length), self.tokenizer.end_id)
+        tokens = torch.full((samples, length), self.tokenizer.pad_id)
         tokens[:, : len(ids)] = torch.tensor(ids)
         valid = (torch.arange(length) < len(ids)).expand(samples, -1)
         return Batch(tokens=tokens, given=torch.zeros_like(valid), valid=valid)

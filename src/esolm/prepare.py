@@ -183,6 +183,8 @@ def held_out(path: Path) -> list[str]:
     """The documents that a run did not learn from, out of the tokens in its folder. DataError or CheckpointError if
     they are not there."""
     folder = path.parent if checkpoint.is_step(path) else path
+    if not checkpoint.load(path, optimizer=False, digests=False).state.get("origin"):
+        raise ValueError(f"{path} does not say what it learned from: give a text to score (--data)")
     _, source = resumed(folder)
     _, found = TokenData.open(folder / "data").split(source.validation, seed=source.seed)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")

@@ -173,6 +173,8 @@ def _stored(
     shard_tokens: int,
     watch: "_Watch",
 ) -> TokenData:
+    if tokenizer.end_id is None:
+        raise DataError("the tokenizer has no end-of-text, which stands behind every document: choose another")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     ids = {"dtype": dtype, "end_id": tokenizer.end_id, "vocab_size": tokenizer.vocab_size}
     index = {**ids, "tokenizer_digest": tokenizer.digest, **named}

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 END, MASK = "<|endoftext|>", "<|mask|>"
-_KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
-_GPT2_FILES = ("encoder.json", "vocab.bpe")
+KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _PIECE = 2**12  # characters encoded at a time
 _TOGETHER = 256  # pieces encoded together: enough for every core, and what is held stays small
 _CUT = re.compile(r"(?<=\S)\n(?=\S)")  # other white space is read together with its neighbours: "\n\n" may be one token
@@ -29,19 +29,24 @@ _LINES = ("Words, two.\n", "3 (four)\n", "«é»\n", "last")  # probes
 
 
 class Tokenizer:
-    """Ids of texts. Made by `bytes`, `train`, `load` or `from_json`."""
+    """Ids of texts. Made by `bytes`, `train`, `load` or `from_json`.
+
+    `end_id` is None where an imported tokenizer has a mask but no end-of-text: its network knows no id for one.
+    """
 
     def __init__(self, backend: Backend) -> None:
         vocab = backend.get_vocab(with_added_tokens=True)
-        end = next((name for name in _KNOWN_ENDS if name in vocab), END)
-        backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+        end = next((name for name in KNOWN_ENDS if name in vocab), None if MASK in vocab else END)
+        if end is not None:
+            backend.add_special_tokens([AddedToken(end, special=True, normalized=False)])
         backend.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
         backend.encode_special_tokens = True  # special tokens spelled out in a text are text
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         vocab = backend.get_vocab(with_added_tokens=True)
-        self.end_id, self.mask_id, highest = vocab[end], vocab[MASK], max(vocab.values())
+        self.end_id: int | None = None if end is None else vocab[end]
+        self.mask_id, highest = vocab[MASK], max(vocab.values())
         if self.mask_id != highest:
             raise ValueError(
                 f"the mask must be the last id, but it is {self.mask_id} and the last is {highest}: "
@@ -79,20 +84,22 @@ class Tokenizer:
 
     @staticmethod
     def load(path: str | Path) -> "Tokenizer":
-        """From a tokenizer.json, a folder that holds one, or a folder with GPT-2's encoder.json and vocab.bpe.
+        """From a tokenizer.json, from GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt: name
+        either), or from a folder that holds one or the others.
 
         ValueError if there is none or it cannot be read.
         """
         path = Path(path)
+        folder = path if path.is_dir() else path.parent
+        pairs = [pair for pair in _GPT2_FILES if path.is_dir() or path.name in pair]
         if path.is_dir() and (path / "tokenizer.json").is_file():
-            path = path / "tokenizer.json"
-        if path.is_dir():
-            encoder, merges = (path / name for name in _GPT2_FILES)
-            if encoder.is_file() and merges.is_file():
-                return _gpt2(encoder, merges)
-            raise ValueError(
-                f"there is no tokenizer in {path}: it needs tokenizer.json, or {' and '.join(_GPT2_FILES)}"
-            )
+            path, pairs = path / "tokenizer.json", []
+        for encoder, merges in pairs:
+            if (folder / encoder).is_file() and (folder / merges).is_file():
+                return _gpt2(folder / encoder, folder / merges)
+        if path.is_dir() or (pairs and path.is_file()):
+            files = ", or ".join(" and ".join(pair) for pair in pairs)
+            raise ValueError(f"there is no tokenizer in {folder}: it needs tokenizer.json, or {files}")
         if not path.is_file():
             raise ValueError(f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
         try:
@@ -129,6 +136,11 @@ class Tokenizer:
         """Number of ids, end-of-text and mask included."""
         return self.mask_id + 1
 
+    @property
+    def pad_id(self) -> int:
+        """An id to fill up texts with; nobody reads it."""
+        return 0 if self.end_id is None else self.end_id
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the tokenizer's JSON: equal digests, equal ids."""
@@ -140,6 +152,8 @@ class Tokenizer:
             return self._ordinary(text, self._backend.encode(text, add_special_tokens=False).ids)
         except TypeError:  # what the library says of a str that has no UTF-8
             raise ValueError(_unpaired([text])) from None
+        except Exception as problem:  # the library raises plain Exception: a piece that has no id
+            raise ValueError(f"the tokenizer has no ids for this text: {problem}") from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores. See `encode`."""
@@ -191,9 +205,10 @@ class Tokenizer:
     def _ordinary(self, text: str, ids: list[int]) -> list[int]:
         """The ids of a text. Where the model itself has a piece spelled like a special token (T5 does), the text is
         encoded in parts that cut the name in two."""
-        if self.end_id not in ids and self.mask_id not in ids:
+        ends = (self.mask_id,) if self.end_id is None else (self.end_id, self.mask_id)
+        if not set(ends) & set(ids):
             return ids
-        special = (self._backend.id_to_token(token) or "" for token in (self.end_id, self.mask_id))
+        special = (self._backend.id_to_token(token) or "" for token in ends)
         names = [name for name in special if name in text]
         if not names:
             raise ValueError("the tokenizer turns unknown pieces into end-of-text: choose one that has an id for them")

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from esolm import __version__
+from esolm.cli.importing import import_
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
@@ -27,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "infill": infill,
     "evaluate": evaluate,
+    "import": import_,
     "info": info,
     "verify": verify,
     "bench": bench,

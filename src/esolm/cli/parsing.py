@@ -130,7 +130,7 @@ def _one_line(box: str) -> str:
     from esolm.plain import nearest
 
     title, *lines = re.sub("\x1b\\[[0-9;]*m", "", box).splitlines() or [""]
-    lines = [line[1:-1].rstrip() for line in lines]
+    lines = [line[1:].rstrip().removesuffix("│").rstrip() for line in lines]  # no right side without Unicode
     end = next((n for n, line in enumerate(lines) if line.strip().startswith(_HINTS)), len(lines))
     said = " ".join(line.strip() for line in lines[:end] if line.strip(" ─-"))
     if "Required options" in title:
