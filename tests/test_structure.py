@@ -30,7 +30,7 @@ LEVELS = (
     "shards watch theirs",
     "data importers",
     "model train report",
-    "evaluate recipes texts bench.learning bench.writing",
+    "evaluate judge recipes texts bench.learning bench.writing",
     "bench bench.plot",
     "prepare exhibits",
     "demo",

@@ -79,13 +79,19 @@ def pairs(
         raise DataError(f"there is no answer in {source}: every one is empty")
 
 
+SHIPPED = {
+    "shakespeare": "classics/shakespeare.txt.xz",
+    "kjv": "classics/kjv.txt.xz",
+    "classics": "classics",
+}
+"""Texts that come with the package, in the public domain: the plays and poems, the King James Bible, both."""
+
+
 def shipped(name: str = "shakespeare") -> Path:
-    """The file of a corpus that comes with the package. DataError if there is none of that name."""
-    folder = Path(str(files("esolm") / "assets"))
-    names = sorted(path.name.removesuffix(".txt.xz") for path in folder.glob("*.txt.xz"))
-    if name not in names:
-        raise DataError(f"no corpus {name!r} comes with esolm{nearest(name, names)}; there is {', '.join(names)}")
-    return folder / f"{name}.txt.xz"
+    """The file or folder of a corpus that comes with the package. DataError if there is none of that name."""
+    if name not in SHIPPED:
+        raise DataError(f"no corpus {name!r} comes with esolm{nearest(name, SHIPPED)}; there is {', '.join(SHIPPED)}")
+    return Path(str(files("esolm") / "assets")) / SHIPPED[name]
 
 
 def fingerprint(source: str | Path) -> str:

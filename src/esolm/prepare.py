@@ -25,7 +25,6 @@ from esolm.train import Run
 _BYTES = 258  # ids of a byte tokenizer: 256 bytes, end-of-text, mask
 _LEARNED_FROM = 10**8  # characters that a new tokenizer is trained on at most
 _PART = 2**20  # characters of a document that it is shown at once: the library holds 256 of them
-_SHIPPED = ("shakespeare",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +149,8 @@ def _beginning(texts: Iterable[str]) -> Iterator[str]:
 
 
 def located(data: str) -> str | Path:
-    """A source's name, or the file of a corpus that is shipped."""
-    return corpus.shipped(data) if data in _SHIPPED and not Path(data).exists() else data
+    """A source's name, or the place of a corpus that is shipped."""
+    return corpus.shipped(data) if data in corpus.SHIPPED and not Path(data).exists() else data
 
 
 def tokenizer_of(path: Path | None, start: Path | None) -> Tokenizer | None:

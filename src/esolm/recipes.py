@@ -6,6 +6,8 @@
 data; see `recipes.method` for the five methods by name.
 """
 
+from dataclasses import replace
+
 from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM
 from esolm.denoiser import Config
 from esolm.optim import Config as Optim
@@ -66,6 +68,18 @@ def shakespeare(algorithm: Algorithm, vocab_size: int) -> Run:
         batch_size=32,
         validate_every=250,
         save_every=250,
+    )
+
+
+def family(algorithm: Algorithm, vocab_size: int) -> Run:
+    """What the family of docs/results.md has in common: some six minutes of one core each, of the shipped classics. The
+    network and the batch are the demonstration's."""
+    return replace(
+        demo(algorithm, vocab_size),
+        num_steps=800,
+        validate_every=400,
+        validation_texts=512,
+        save_every=100,
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from esolm import __version__
 from esolm.cli.importing import import_
 from esolm.cli.learning import tokenize, train
-from esolm.cli.measuring import demo, evaluate, info, verify
+from esolm.cli.measuring import demo, evaluate, info, judge, verify
 from esolm.cli.parsing import call_of, fail, summary
 from esolm.cli.timing import bench, bench_training
 from esolm.cli.writing import infill, sample
@@ -28,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "infill": infill,
     "evaluate": evaluate,
+    "judge": judge,
     "import": import_,
     "info": info,
     "verify": verify,
