@@ -12,7 +12,7 @@ import pytest
 
 import esolm
 from esolm import cli, demo, prepare, recipes, train
-from esolm.algorithms import EsoLM
+from esolm.algorithms import AR, EsoLM
 from esolm.cli import parsing
 from esolm.denoiser import Config
 from esolm.tokenizer import Tokenizer
@@ -54,8 +54,9 @@ def place(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "tests/reference/a.esolm.lightning.ckpt", place / "last.ckpt")
     text = prepare.prepare(prepare.Source(data=str(place / "books")), place / "tokens", vocab_size=258)
     options = {"tokenizer": text.tokenizer, "validation": text.validation(96)}
-    for name in ("runs/first", "out/demo/run"):
-        train.train(small(), place / name, data=text.training(96), **options)
+    for name, method in (("runs/first", None), ("out/demo/run", None), ("runs/ar", AR())):
+        train.train(small(method), place / name, data=text.training(96), **options)
+    (place / "texts.jsonl").write_text('{"text": "It was here."}\n')
     return place
 
 
