@@ -43,7 +43,7 @@ class Reading:
     """What it learns from."""
 
     data: str = "shakespeare"
-    """A text file, a folder, JSON lines, Parquet, hf:NAME, or the shipped "shakespeare", "kjv" or both, "classics"."""
+    """A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics"."""
     pairs: Flag = False
     """The data are prompt and answer pairs; only answers are learned."""
     field: Maybe[str] = None
@@ -142,7 +142,7 @@ def tokenize(
       tokenizer, tokens = prepare.tokens(source, Path("runs/books"), vocab_size=8192)
 
     Args:
-        data: A text file, a folder, JSON lines, Parquet, hf:NAME, or the shipped "shakespeare", "kjv" or both, "classics".
+        data: A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics".
         out: Folder for the tokenizer and the tokens.
         tokenizer: A tokenizer.json or its folder; left out, a BPE is learned from the data.
         vocab_size: Ids of the BPE that is learned; 258 is plain bytes; left out, 4096.
