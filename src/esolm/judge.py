@@ -266,7 +266,7 @@ class Ours(Judge):
 
     def nats(self, windows: Sequence[Sequence[int]]) -> list[float]:
         model, algorithm = self._model, self._model.algorithm
-        tokens = torch.full((len(windows), self.length), model.tokenizer.end_id)
+        tokens = torch.zeros(len(windows), self.length, dtype=torch.long)  # nobody reads what pads
         for row, window in enumerate(windows):
             tokens[row, : len(window)] = torch.tensor(window)
         valid = torch.arange(self.length) < torch.tensor([len(window) for window in windows])[:, None]
