@@ -26,6 +26,7 @@ LEVELS = (
     "algorithms.ar algorithms.bd3lm algorithms.esolm algorithms.mdlm",
     "algorithms",
     "objective",
+    "sinks tally",
     "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
     "shards watch theirs",
     "data importers",

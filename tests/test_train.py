@@ -146,11 +146,11 @@ def test_pairs_are_trained_on(tmp_path):
 def test_a_first_interrupt_saves_and_the_run_goes_on_from_there(tmp_path, loader, monkeypatch):
     steps = []
 
-    def learn_and_interrupt(run, network, batch, step):
+    def learn_and_interrupt(run, network, batch, step, levels):
         steps.append(step)
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return learn(run, network, batch, step)
+        return learn(run, network, batch, step, levels)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train_module, "learn", learn_and_interrupt)
@@ -195,7 +195,7 @@ def test_a_full_disk_in_mid_run_is_told_and_training_goes_on(tmp_path, loader, m
 
 
 def test_gradients_that_are_never_finite_end_the_run_with_a_remedy(tmp_path, loader, monkeypatch):
-    def learn_nothing(run, network, batch, step):
+    def learn_nothing(run, network, batch, step, levels):
         terms = learn(run, network, batch, step)
         network.head.weight.grad.fill_(float("nan"))
         return terms

@@ -1,23 +1,27 @@
-"""What a run tells while it runs: JSON lines, a line in the terminal and, where asked for, TensorBoard.
+"""What a run tells while it runs: its own log, JSON lines, and whatever sinks it has (sinks.py).
 
+    {"step": 0, "time": 1767225500.0, "event": "began", "total": 3000, "method": "EsoLM (B)"}
     {"step": 100, "time": 1767225600.0, "loss": 5.5, "rate": 0.0003}
     {"step": 100, "time": 1767225601.0, "name": "sample", "text": "ROMEO: ..."}
+    {"step": 3000, "time": 1767229900.0, "event": "finished"}
 
-The file is appended to and flushed line by line; a torn last line (a crash) is dropped on resuming, and so is
-what lies beyond the resumed step. It computes no figures but the speed and the time left.
+The file is appended to line by line; a torn last line (a crash) is dropped on resuming, and so is what lies beyond the
+resumed step. While a run goes on the file is locked, so a second run keeps out of the folder, and others can tell a
+run that goes on from one that died (history.py). On a full disk lines wait in memory. It computes no figures.
 """
 
 import json
 import math
+import os
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from esolm.sinks import Sink, Terminal
 
 FILE = "journal.jsonl"
 
@@ -27,8 +31,8 @@ class Journal:
 
     `total`: steps of the run, for the bar and the time left. `tokens_per_step`: shows tokens/s. `resume`: the
     step gone on from; entries beyond it are cut off. None begins a new log and refuses a folder that has one.
-    `tensorboard`: also write its event files (needs the extra). In a terminal a bar is kept up to date,
-    elsewhere a plain line is printed every `every` seconds. Raises ValueError for a log in the way.
+    `sinks`: where else it goes; one that fails is told of and left out, the run goes on. `facts`: what the run is.
+    Raises ValueError for a log in the way, or one that another process writes.
     """
 
     def __init__(
@@ -38,44 +42,58 @@ class Journal:
         total: int | None = None,
         tokens_per_step: int | None = None,
         resume: int | None = None,
-        tensorboard: bool = False,
+        sinks: Sequence[Sink] = (),
+        facts: Mapping[str, Any] | None = None,
         console: Console | None = None,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        writer = _tensorboard(folder, resume) if tensorboard else None
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE
-        if resume is None and path.exists() and path.stat().st_size:
-            raise ValueError(f"{folder} already holds the log of a run; resume it, or choose another folder")
-        if resume is not None:
-            _cut(path, resume)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = writer
-        self._progress = _Progress(console or Console(stderr=True), total, tokens_per_step, every, clock)
+        self._lines = _Lines(folder, resume)
+        self._terminal = Terminal(
+            console or Console(stderr=True), total=total, tokens_per_step=tokens_per_step, every=every, clock=clock
+        )
+        self._facts = {"total": total, "tokens_per_step": tokens_per_step, **(facts or {})}
+        self._sinks: list[Sink] = []
+        self._ended = True  # until `begin`
+        self._step = resume or 0
+        for sink in (self._terminal, *sinks):
+            try:
+                sink.open(folder, resume=resume, facts=self._facts)
+            except Exception:
+                self.close()
+                raise
+            self._sinks.append(sink)
+
+    def begin(self) -> None:
+        """Note that the run begins here, or goes on; what follows without `end` is a run that died."""
+        self._ended = False
+        self._append({"step": self._step, "time": time.time(), "event": "began", **self._facts})
+
+    def end(self, how: str) -> None:
+        """Note how the run ended: finished, interrupted, or why it died."""
+        if not self._ended:
+            self._ended = True
+            self._append({"step": self._step, "time": time.time(), "event": how})
 
     def write(self, step: int, **figures: int | float) -> None:
         """Note figures of a step (finite or not: NaN and infinities are kept as such)."""
+        self._step = step
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in figures.items()}
         self._append({"step": step, "time": time.time(), **{n: _storable(v) for n, v in numbers.items()}})
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-        self._progress.show(step, numbers)
+        self._each(lambda sink: sink.write(step, numbers))
 
     def text(self, step: int, name: str, text: str) -> None:
         """Note a text of a step: a sample, a warning, a message."""
+        self._step = step
         self._append({"step": step, "time": time.time(), "name": name, "text": text})
-        if self._tensorboard is not None:
-            self._tensorboard.add_text(name, text, step)
-        self._progress.say(f"step {step:,} · {name}: {text}")
+        self._each(lambda sink: sink.text(step, name, text))
 
     def close(self) -> None:
         """Let go of the file and the terminal; closing twice does no harm."""
-        self._progress.close()
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            self._safely(sink, lambda sink: sink.close())
+        self._lines.close()
 
     def __enter__(self) -> "Journal":
         return self
@@ -83,42 +101,30 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None:
+            self.end(f"died: {str(error) or type(error).__name__}")
         self.close()
 
     def _append(self, entry: dict[str, object]) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        problem = self._lines.append(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+        if problem is not None:
+            words = f"the log cannot be written ({problem.strerror}); its lines wait in memory: free some space"
+            self._terminal.text(self._step, "warning", words)
 
+    def _each(self, do: Callable[[Sink], None]) -> None:
+        self._sinks = [sink for sink in self._sinks if self._safely(sink, do)]
 
-class Pace:
-    """Steps a second and seconds left, from the steps of the last `window` seconds."""
-
-    def __init__(self, total: int | None = None, window: float = 60.0) -> None:
-        self.total = total
-        self.window = window
-        self._seen: deque[tuple[float, int]] = deque()
-
-    def tick(self, now: float, step: int) -> None:
-        """Step `step` is done at time `now` (seconds on any steady clock)."""
-        self._seen.append((now, step))
-        while len(self._seen) > 2 and self._seen[1][0] <= now - self.window:
-            self._seen.popleft()
-
-    @property
-    def steps_per_second(self) -> float | None:
-        """None until two moments are known."""
-        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
-            return None
-        (start, first), (now, last) = self._seen[0], self._seen[-1]
-        return (last - first) / (now - start)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None while the speed or the length of the run is not known."""
-        speed = self.steps_per_second
-        if self.total is None or not speed:
-            return None
-        return max(0.0, (self.total - self._seen[-1][1]) / speed)
+    def _safely(self, sink: Sink, do: Callable[[Sink], None]) -> bool:
+        """Whether a sink did something; what goes wrong in other people's programs must not end a run."""
+        try:
+            do(sink)
+        except Exception as problem:
+            if sink is self._terminal:
+                raise
+            name = type(sink).__name__
+            self.text(self._step, "warning", f"{name} failed ({problem}); nothing more is sent to it")
+            return False
+        return True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -137,21 +143,74 @@ def read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def is_written(path: Path) -> bool:
+    """Whether a process is writing this log (its file or its folder) now, as far as locks tell."""
+    path = path / FILE if path.is_dir() else path
+    with path.open("rb") as file:
+        return not _lock(file.fileno(), shared=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the log of a run that ended before its first checkpoint, so that another may begin in the folder."""
+    path = folder / FILE
+    if path.exists() and path.stat().st_size and not is_written(path):
+        path.replace(folder / f"abandoned-{FILE}")
+
+
+class _Lines:
+    """A file that is appended to, locked while it is open; what a full disk refuses waits."""
+
+    def __init__(self, folder: Path, resume: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        if resume is None and path.exists() and path.stat().st_size:
+            raise ValueError(f"{folder} already holds the log of a run; resume it, or choose another folder")
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting, self._told = b"", False
+        if not _lock(self._file):
+            self.close()
+            raise ValueError(f"another process is training in {folder}: wait for it, or choose another folder")
+        if resume is not None:
+            _cut(path, resume)
+
+    def append(self, line: str) -> OSError | None:
+        """Write a line; the problem, the first time that it cannot be written."""
+        assert self._file is not None
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as problem:
+            told, self._told = self._told, True
+            return None if told else problem
+        self._told = False
+        return None
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-def _tensorboard(folder: Path, resume: int | None) -> Any:
+def _lock(file: int, *, shared: bool = False) -> bool:
+    """Lock a file until it is closed or its process ends; False if another process has it. Where there are no locks
+    everybody has it."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("TensorBoard is not installed; pip install 'esolm[tensorboard]'") from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=None if resume is None else resume + 1)
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 def _cut(path: Path, step: int) -> None:
     """Shorten a log to its whole entries up to and including a step."""
-    if not path.exists():
-        return
     kept = 0
     with path.open("rb+") as file:
         for line in file:
@@ -165,7 +224,7 @@ def _cut(path: Path, step: int) -> None:
 def _entry(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
@@ -178,71 +237,3 @@ def _storable(value: int | float) -> int | float | str:
 
 def _number(value: object) -> object:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
-
-
-class _Progress:
-    """The line in the terminal: a bar that is kept up to date, or a plain line every few seconds."""
-
-    def __init__(
-        self,
-        console: Console,
-        total: int | None,
-        tokens_per_step: int | None,
-        every: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self.console, self.every, self.clock = console, every, clock
-        self.total, self.tokens_per_step = total, tokens_per_step
-        self.pace = Pace(total)
-        self.latest: dict[str, int | float] = {}
-        self.step = 0
-        self.printed: float | None = None
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(24),
-                TextColumn("{task.description}"),
-            )
-            self.bar = Progress(*columns, console=console, refresh_per_second=4)
-            self.task = self.bar.add_task("", total=total)
-            self.bar.start()
-
-    def show(self, step: int, figures: dict[str, int | float]) -> None:
-        now = self.clock()
-        if step != self.step or not self.latest:
-            self.pace.tick(now, step)
-        self.step = step
-        self.latest.update((name, figures[name]) for name in _SHOWN if name in figures)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, description=self._words())
-        elif self.printed is None or now - self.printed >= self.every or step == self.total:
-            self.printed = now
-            of = f"/{self.total:,}" if self.total is not None else ""
-            self.console.print(f"step {step:,}{of} {self._words()}", highlight=False, markup=False, soft_wrap=True)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def _words(self) -> str:
-        words = [f"{name} {value:.4g}" for name, value in self.latest.items()]
-        speed, left = self.pace.steps_per_second, self.pace.seconds_left
-        if speed is not None and self.tokens_per_step is not None:
-            words.append(f"{speed * self.tokens_per_step:,.0f} tokens/s")
-        if left is not None:
-            words.append(f"{_clock_time(left)} left")
-        return " · ".join(words)
-
-
-_SHOWN = ("loss", "validation")
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -12,7 +12,7 @@ import itertools
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from esolm import checkpoint, likelihood, objective, plain
+from esolm import checkpoint, journal, likelihood, objective, plain
 from esolm.algorithms.algorithm import Algorithm, Batch, View
 from esolm.calibrate import bf16_pays
 from esolm.data import Loader
@@ -32,6 +32,8 @@ from esolm.journal import Journal
 from esolm.noise import Noise, generator
 from esolm.optim import Config as OptimConfig
 from esolm.optim import NotFinite, Optimizer, WeightAverage
+from esolm.sinks import Sink
+from esolm.tally import Levels, Tally, peak_memory
 from esolm.tokenizer import Tokenizer
 
 _REFUSED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which the run cannot be saved by skipping
@@ -99,14 +101,15 @@ def train(
     resume: bool = False,
     start: Path | None = None,
     origin: Mapping[str, Any] | None = None,
-    tensorboard: bool = False,
+    sinks: Sequence[Sink] = (),
     device: str | torch.device = "cpu",
     console: Console | None = None,
 ) -> Outcome:
     """Train, with checkpoints and the journal in `folder`.
 
     `resume` goes on from the newest checkpoint there; `start` takes the weights of another run's (to continue it or to
-    fine-tune). `origin` is noted in every checkpoint: where the data came from. Ctrl-C saves and returns.
+    fine-tune). `origin` is noted in every checkpoint: where the data came from. `sinks`: where figures go beside the
+    journal, as TensorBoard. Ctrl-C saves and returns.
     ValueError for what does not fit together, Diverged, SaveError (only if the last save fails).
     """
     _check(run, tokenizer, folder, resume=resume, start=start)
@@ -115,18 +118,23 @@ def train(
         state.take_weights(start)
     if resume:
         state.restore(folder)
-    journal = Journal(
+    if not resume:
+        journal.set_aside(folder)
+    log = Journal(
         folder,
         total=run.num_steps,
         tokens_per_step=run.batch_size * run.network.length,
         resume=state.step if resume else None,
-        tensorboard=tensorboard,
+        sinks=sinks,
+        facts=_facts(state),
         console=console,
     )
-    with journal, _interruption() as interrupted:
-        _loop(state, folder, data, validation, journal, interrupted)
-        validated = None if validation is None or interrupted else _validate(state, validation, journal)
-        _save(state, folder, journal, last=True)
+    with log, _interruption() as interrupted:
+        log.begin()
+        _loop(state, folder, data, validation, log, interrupted)
+        validated = None if validation is None or interrupted else _validate(state, validation, log)
+        _save(state, folder, log, last=True)
+        log.end("interrupted" if interrupted else "finished")
     return Outcome(
         path=folder / f"step-{state.step:09d}",
         step=state.step,
@@ -137,43 +145,43 @@ def train(
 
 
 def _loop(
-    state: "_State", folder: Path, data: Loader, validation: Loader | None, journal: Journal, interrupted: list[int]
+    state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, interrupted: list[int]
 ) -> None:
     """Steps until the run is over, out of time or interrupted."""
     run, began = state.run, time.monotonic()
-    losses: list[float] = []
+    tally = Tally(run.batch_size * run.network.length)
     refused = 0
     while state.step < run.num_steps and not interrupted:
         if run.minutes is not None and time.monotonic() - began > 60 * run.minutes:
             break
+        started, levels = time.monotonic(), Levels()
         batch = data.batch(state.step, 0, run.batch_size, run.batch_size)
         with state.autocast():
-            terms = learn(run, state.denoiser, batch, state.step)
+            terms = learn(run, state.denoiser, batch, state.step, levels)
         rate = run.optim.schedule.rate(state.step, run.num_steps)
         try:
             norm = state.update(rate)
         except NotFinite as problem:
-            refused = _refuse(state, journal, problem, refused)
+            refused = _refuse(state, log, problem, refused)
             continue
         refused = 0
-        losses.append(sum(terms.values()))
+        tally.add(terms, levels, time.monotonic() - started)
         if state.step % run.log_every == 0 or state.step == run.num_steps:
-            loss = sum(losses) / len(losses)
-            journal.write(state.step, loss=loss, **_labelled(terms), rate=rate, norm=norm, seconds=state.seconds)
-            losses.clear()
+            rest = {"rate": rate, "norm": norm, "memory": peak_memory(state.device), "seconds": state.seconds}
+            log.write(state.step, **tally.figures(), **rest)
         if state.step == run.num_steps:
             break  # the last validation and the last checkpoint are the caller's
         if validation is not None and state.step % run.validate_every == 0:
-            _validate(state, validation, journal)
+            _validate(state, validation, log)
         if state.step % run.save_every == 0:
-            _save(state, folder, journal, last=False)
+            _save(state, folder, log, last=False)
 
 
-def learn(run: Run, model: Denoiser, batch: Batch, step: int) -> dict[str, float]:
+def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None) -> dict[str, float]:
     """Gradients of the loss of one global batch, left in the parameters; returns each term in nats a token.
 
     A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient but by
-    what dropout drops, which is drawn for a micro batch as a whole.
+    what dropout drops, which is drawn for a micro batch as a whole. `levels` takes the losses by noise level.
     """
     device, views = model.embed.weight.device, views_of(run, batch, step)
     tokens: Counter[str] = Counter()
@@ -184,10 +192,12 @@ def learn(run: Run, model: Denoiser, batch: Batch, step: int) -> dict[str, float
     for view in views:
         if not tokens[view.term]:
             continue  # nothing but prompts and padding
-        loss, _ = objective.of_view(model, view.to(device), dropped)
+        loss, weighted = objective.of_view(model, view.to(device), dropped)
         loss = loss / tokens[view.term]
         loss.backward()  # type: ignore[no-untyped-call]
         terms[view.term] += loss.item()
+        if levels is not None:
+            levels.add(view, weighted)
     return terms
 
 
@@ -227,8 +237,12 @@ class _State:
         """Time spent, interruptions left out."""
         return self._before + time.monotonic() - self._since
 
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.embed.weight.device
+
     def autocast(self) -> torch.autocast:
-        return autocast(self.run, self.denoiser.embed.weight.device)
+        return autocast(self.run, self.device)
 
     def update(self, rate: float) -> float:
         """Clip, update, average; returns the norm that the gradient had. Raises NotFinite."""
@@ -307,15 +321,16 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
         refuse_used(folder)
 
 
-def _labelled(terms: Mapping[str, float]) -> dict[str, float]:
-    return {f"loss_{term}": value for term, value in terms.items()} if len(terms) > 1 else {}
+def _facts(state: _State) -> dict[str, Any]:
+    """What the log says of a run at its beginning."""
+    return {"method": repr(state.run.algorithm), "parameters": state.denoiser.num_parameters, "seed": state.run.seed}
 
 
-def _refuse(state: _State, journal: Journal, problem: NotFinite, refused: int) -> int:
+def _refuse(state: _State, log: Journal, problem: NotFinite, refused: int) -> int:
     """Skip an update whose gradient is not finite, a few times in a row at most."""
     state.optimizer.forget()
     state.step += 1
-    journal.text(state.step, "warning", f"update skipped: {problem}")
+    log.text(state.step, "warning", f"update skipped: {problem}")
     if refused + 1 == _REFUSED_IN_A_ROW:
         raise Diverged(
             f"{_REFUSED_IN_A_ROW} updates in a row had gradients that are not finite, the last at step {state.step}: "
@@ -324,7 +339,7 @@ def _refuse(state: _State, journal: Journal, problem: NotFinite, refused: int) -
     return refused + 1
 
 
-def _validate(state: _State, validation: Loader, journal: Journal) -> likelihood.Estimate:
+def _validate(state: _State, validation: Loader, log: Journal) -> likelihood.Estimate:
     """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
     run = state.run
     at_once = min(_VALIDATED_AT_ONCE, run.validation_texts)
@@ -332,18 +347,18 @@ def _validate(state: _State, validation: Loader, journal: Journal) -> likelihood
     state.denoiser.eval()
     with state.average.swapped() if state.average else nullcontext(), state.autocast():
         found = likelihood.estimate(state.denoiser, run.algorithm, texts, seed=run.seed)
-    journal.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
+    log.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
     return found
 
 
-def _save(state: _State, folder: Path, journal: Journal, *, last: bool) -> None:
+def _save(state: _State, folder: Path, log: Journal, *, last: bool) -> None:
     """Save; if that fails in mid-run (a full disk), say so and train on: the next save may succeed."""
     try:
         checkpoint.save(folder, state.snapshot(), keep=state.run.keep)
     except checkpoint.SaveError as problem:
         if last:
             raise
-        journal.text(state.step, "warning", str(problem))
+        log.text(state.step, "warning", str(problem))
 
 
 @contextmanager

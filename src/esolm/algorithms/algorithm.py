@@ -53,7 +53,7 @@ class View:
     """One pass of the denoiser: rows with their places, stages and publicity, and what they are to predict.
 
     `weights` is zero where a row has no target. `num_tokens` is the number of scored tokens of the texts shown, by
-    which the term is divided.
+    which the term is divided. `times` are those of the rows' noise, for the log; None where no time was drawn.
     """
 
     term: Phase
@@ -64,6 +64,7 @@ class View:
     targets: Rows
     weights: RowWeights
     num_tokens: int
+    times: Float64[Tensor, "batch #row"] | None = None
 
     def to(self, device: torch.device) -> "View":
         """The same view on a device."""

@@ -97,6 +97,7 @@ class BD3LM(Algorithm):
             targets=torch.cat((tokens, nothing), dim=1),
             weights=torch.cat((~clean / mask_probability, nothing), dim=1).float(),
             num_tokens=int(batch.scored.sum()),
+            times=torch.cat((mask_probability, nothing), dim=1),
         )
 
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:

@@ -15,7 +15,7 @@ each other both ways, so only the sequential phase caches. Ranks: clean tokens f
                                               . . # # #         . . # # #    c
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -147,7 +147,7 @@ class EsoLM(Algorithm):
         masked = ~clean_tokens(batch, schedule.alpha(t), uniform)
         order = _generation_order(batch, masked, clean_keys=self._keys(keys), masked_keys=self._keys(keys))
         weight = schedule.weight(t) if weighted else torch.ones_like(t)
-        return self.diffusion_of(batch, masked, order, weight, mask_id)
+        return replace(self.diffusion_of(batch, masked, order, weight, mask_id), times=t)
 
     def diffusion_of(
         self, batch: Batch, masked: TextFlags, order: Texts, weight: Float64[Tensor, "batch 1"], mask_id: int

@@ -76,6 +76,7 @@ class MDLM(Algorithm):
             targets=batch.tokens,
             weights=(weights * ~clean).float(),
             num_tokens=int(batch.scored.sum()),
+            times=t,
         )
 
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:

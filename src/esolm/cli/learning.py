@@ -14,6 +14,7 @@ from esolm.cli.terminal import bars, console, device_of, say
 
 if TYPE_CHECKING:
     from esolm.prepare import Source, Text
+    from esolm.sinks import Sink
     from esolm.tokenizer import Tokenizer
     from esolm.train import Run
 
@@ -74,6 +75,8 @@ class Going:
     """auto, cpu, cuda, cuda:1, ..."""
     tensorboard: Flag = False
     """Also write TensorBoard files (needs the extra)."""
+    wandb: Maybe[str] = None
+    """Also log to this project of Weights & Biases (needs the extra)."""
 
 
 _SETTINGS, _READING, _GOING = Settings(), Reading(), Going()
@@ -179,7 +182,7 @@ def _begun(run: "Run", reading: Reading, going: Going) -> None:
     from esolm.plain import replace
     from esolm.train import refuse_used
 
-    device = device_of(going.device)
+    device, sinks = device_of(going.device), _sinks(going)
     refuse_used(going.out)
     _refuse_answer(reading.answer, reading.pairs)
     run = run if going.from_ is None else prepare.like(run, going.from_)
@@ -195,7 +198,7 @@ def _begun(run: "Run", reading: Reading, going: Going) -> None:
     size = reading.vocab_size or _VOCAB_SIZE
     text = prepare.prepare(source, going.out, tokenizer=known, vocab_size=size, console=bars())
     run = replace(run, {"network.vocab_size": text.tokenizer.vocab_size})
-    _learn(run, text, source, going, device, start=going.from_)
+    _learn(run, text, source, going, device, sinks, start=going.from_)
 
 
 def _tokenizer(path: Path | None, start: Path | None, out: Path, vocab_size: int | None) -> "Tokenizer | None":
@@ -217,14 +220,24 @@ def _resumed(going: Going) -> None:
 
     from esolm import prepare
 
-    device = device_of(going.device)
+    device, sinks = device_of(going.device), _sinks(going)
     run, source = prepare.resumed(going.out)
     run = run if going.minutes is None else replace(run, minutes=going.minutes)
     text = prepare.prepare(source, going.out, console=bars())
-    _learn(run, text, source, going, device, resume=True)
+    _learn(run, text, source, going, device, sinks, resume=True)
 
 
-def _learn(run: "Run", text: "Text", source: "Source", going: Going, device: str, **how: Any) -> None:
+def _sinks(going: Going) -> "list[Sink]":
+    """Where figures go beside the journal. Made before the text is read: a missing package comes to light here."""
+    from esolm.sinks import TensorBoard, WeightsAndBiases
+
+    chosen: list[Sink] = [TensorBoard()] if going.tensorboard else []
+    return chosen if going.wandb is None else [*chosen, WeightsAndBiases(going.wandb)]
+
+
+def _learn(
+    run: "Run", text: "Text", source: "Source", going: Going, device: str, sinks: "list[Sink]", **how: Any
+) -> None:
     from esolm.train import train as run_training
 
     outcome = run_training(
@@ -235,7 +248,7 @@ def _learn(run: "Run", text: "Text", source: "Source", going: Going, device: str
         validation=text.validation(run.network.length),
         origin=source.origin(),
         device=device,
-        tensorboard=going.tensorboard,
+        sinks=sinks,
         console=console(),
         **how,
     )

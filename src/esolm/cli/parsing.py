@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -123,6 +124,13 @@ def _refuse_unknown(command: Callable[..., None], prog: str, arguments: Sequence
     for name in given:
         if name.replace("_", "-") not in known:
             fail(f"there is no option {name}{nearest(name, known)}; see {prog} --help", 2)
+    several = re.findall(r"^\W*(--[\w-]+) (?:\[|\S+ \.\.\.)", told.getvalue(), re.MULTILINE)  # --length [INT [INT ...]]
+    for name, word in itertools.zip_longest(options, options[1:], fillvalue="--"):
+        if name.replace("_", "-") in several and word.startswith("--"):
+            hint = (
+                "KEY=VALUE, as in --set network.width=512; --set help lists the keys" if name == "--set" else "a value"
+            )
+            fail(f"{name} needs {hint}; see {prog} --help", 2)
 
 
 def _one_line(box: str) -> str:
