@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -227,6 +228,7 @@ def test_weights_and_biases_keeps_figures_and_texts_offline_and_a_resumed_run_is
             for step in steps:
                 journal.write(step, loss=step + 0.5)
             journal.text(steps[-1], "sample", "ROMEO.")
+        time.sleep(1.1)  # it names its folders by the second
     found, ids, projects, tables = [], set(), set(), 0
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
         for data in records_of(path.read_bytes()):

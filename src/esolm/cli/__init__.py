@@ -19,6 +19,7 @@ from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, judge, verify
 from esolm.cli.parsing import call_of, fail, summary
 from esolm.cli.timing import bench, bench_training
+from esolm.cli.watching import plot, runs
 from esolm.cli.writing import infill, sample
 
 _COMMANDS: dict[str, Callable[..., None]] = {
@@ -31,6 +32,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "judge": judge,
     "import": import_,
     "info": info,
+    "runs": runs,
+    "plot": plot,
     "verify": verify,
     "bench": bench,
     "bench-training": bench_training,

@@ -1,0 +1,121 @@
+"""Runs are listed and drawn from their logs, whatever happened to them."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from esolm import cli, curves, history
+from esolm.journal import FILE, Journal
+
+
+def write(folder: Path, steps: range, *, end: str | None = "finished", resume: int | None = None, offset=0.0) -> None:
+    console = Console(file=io.StringIO())
+    with Journal(folder, total=10, resume=resume, facts={"method": "AR()"}, console=console) as journal:
+        journal.begin()
+        for step in steps:
+            journal.write(step, loss=10.0 - step + offset, tokens_per_second=1000.0, seconds=2.0 * step, rate=1e-3)
+            if step % 5 == 0:
+                journal.write(step, validation=11.0 - step, validation_error=0.25)
+        if end is not None:
+            journal.end(end)
+
+
+def test_the_state_of_a_run_is_how_its_log_ends(tmp_path):
+    for name, end in (("a", "finished"), ("b", "interrupted"), ("c", None), ("d", "died: a weight is NaN")):
+        write(tmp_path / name, range(1, 8), end=end)
+    found = {path.name: history.of(path) for path in history.find([tmp_path])}
+    assert [found[name].state for name in "abcd"] == ["finished", "interrupted", "died", "died"]
+    assert found["d"].why == "a weight is NaN"
+    assert found["a"].step == 7 and found["a"].total == 10 and found["a"].last("validation") == 6.0
+
+
+def test_a_run_that_goes_on_is_running_and_once_killed_it_died(tmp_path):
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from esolm.journal import Journal
+        journal = Journal(Path(sys.argv[1]), total=10)
+        journal.begin()
+        journal.write(1, loss=1.0)
+        print("going", flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"going\n"
+        assert history.of(tmp_path / "run").state == "running"
+        process.kill()
+    assert history.of(tmp_path / "run").state == "died"
+
+
+def test_steps_that_were_done_again_count_once(tmp_path):
+    write(tmp_path, range(1, 9), end=None)
+    lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+    write(tmp_path, range(6, 9), resume=5, offset=0.5)  # cuts the log
+    again = (tmp_path / FILE).read_text().splitlines(keepends=True)
+    assert len([line for line in again if '"loss"' in line]) == 8
+    (tmp_path / FILE).write_text("".join(lines) + "".join(again[again.index(lines[6]) + 1 :]))  # a log that nobody cut
+    loss = history.of(tmp_path).curves["loss"]
+    assert loss.steps == list(range(1, 9))
+    assert loss.values == [9.0, 8.0, 7.0, 6.0, 5.0, 4.5, 3.5, 2.5]
+
+
+def test_a_torn_last_line_and_a_log_without_validation_are_read(tmp_path):
+    write(tmp_path, range(1, 4), end=None)
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "lo')
+    found = history.of(tmp_path)
+    assert found.step == 3 and found.last("validation") is None and found.state == "died"
+
+
+def test_runs_are_listed_with_their_last_figures_and_a_damaged_log_hides_no_other(tmp_path, capsys):
+    write(tmp_path / "sweep" / "one", range(1, 11))
+    write(tmp_path / "two", range(1, 4), end="interrupted")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / FILE).write_text('{"step":\n{"step": 1}\n')
+    cli.main(["runs", str(tmp_path), "--json"])
+    told = capsys.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert [(Path(row["run"]).name, row["state"], row["step"], row["loss"]) for row in rows] == [
+        ("one", "finished", 10, 0.0),
+        ("two", "interrupted", 3, 7.0),
+    ]
+    assert rows[0]["validation"] == 1.0 and rows[0]["validation_error"] == 0.25 and rows[1]["validation"] is None
+    assert "line 1 of" in told.err and "broken" in told.err
+    cli.main(["runs", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "10/10" in shown and "1.000 ± 0.250" in shown and "interrupted" in shown
+
+
+@pytest.mark.parametrize(("arguments", "told"), [
+    (["runs", "nowhere"], "there is no folder nowhere"),
+    (["plot", "nowhere"], "nowhere holds no run"),
+    (["plot"], "RUN"),
+])  # fmt: skip
+def test_mistakes_are_told(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_runs_are_drawn_and_what_cannot_be_drawn_is_told(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    write(tmp_path / "one", range(1, 11))
+    write(tmp_path / "two", range(1, 4), end=None)
+    picture = tmp_path / "curves.svg"
+    cli.main(["plot", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(picture)])
+    assert picture.stat().st_size > 10_000
+    for out, told in (("curves.doc", "ends in"), ("no/curves.png", "no folder")):
+        with pytest.raises(ValueError, match=told):
+            curves.check(tmp_path / out)
+    write(tmp_path / "none", range(0), end=None)
+    with pytest.raises(ValueError, match="nothing to draw yet"):
+        curves.draw([history.of(tmp_path / "none")], picture)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"pip install 'esolm\[plot\]'"):
+        curves.check(picture)
