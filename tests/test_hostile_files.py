@@ -395,6 +395,15 @@ def test_a_pickle_that_wants_time_and_memory_gets_little(folder, name):
     assert time.monotonic() - began < SECONDS and not (folder / CANARY).exists()
 
 
+@pytest.mark.parametrize("name", [name for name in PICKLES if "." in name and "buffers" not in name])
+def test_a_name_that_only_a_hostile_file_needs_is_told(name):
+    """Nothing of it could run; whoever opens the file with another tool should know."""
+    with pytest.raises(pickled.PickleError) as problem:
+        pickled.read(PICKLES[name], {}, lambda identity: None)
+    told = str(problem.value)
+    assert "hostile" in told or "which is no name" in told
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_archive_runs_nothing(folder, name):
     _refused(FILES[name](folder / "file.ckpt"), folder)
@@ -455,6 +464,32 @@ def test_a_mutated_pickle_gives_data_or_one_line(changes):
         pickled.read(bytes(data), {}, lambda identity: None)
     except pickled.PickleError as problem:
         assert "\n" not in str(problem)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tensors_come_back_as_torch_wrote_them(tmp_path, data):
+    """Any kind of number, slices and transposes, several views of one storage, none at all."""
+    kinds = [
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    ]
+    shape = data.draw(st.lists(st.integers(0, 4), max_size=3))
+    whole = (torch.arange(4**3)[: torch.Size(shape).numel()].view(shape) % 7).to(data.draw(st.sampled_from(kinds)))
+    views = [whole, whole.mT if whole.ndim > 1 else whole, whole[1:] if whole.ndim else whole]
+    tensors = {str(n): data.draw(st.sampled_from(views)) for n in range(data.draw(st.integers(1, 4)))}
+    torch.save({**tensors, "p": torch.nn.Parameter(torch.ones(2))}, tmp_path / "file")
+    found = open_archive(tmp_path / "file")
+    for name, tensor in tensors.items():
+        read = found.tensor(found.root[name])
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor)
+    assert torch.equal(found.tensor(found.root["p"]), torch.ones(2))
 
 
 @given(data=st.data())

@@ -124,16 +124,17 @@ def test_the_older_settings_of_mdlm_are_understood(tmp_path):
     assert import_model(tmp_path / "file", tmp_path / "run").algorithm == MDLM()
 
 
-@pytest.mark.parametrize("front", ["mask", "bos", "none", None])
+@pytest.mark.parametrize("front", ["mask", "bos", "none", "older", None])
 def test_what_stands_in_front_of_a_text_is_what_the_network_learned_with(tmp_path, front):
     """An AR network of theirs may begin with end-of-text where ours has the mask: then the mask gets its row."""
-    algo = {"name": "ar", **({"prepend_token": front} if front else {})}
+    algo = {"name": "ar", **({"prepend_token": front} if front in ("mask", "bos", "none") else {})}
+    algo |= {"ignore_bos": False} if front == "older" else {}
     special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
     tokenizer = words(**{"<|endoftext|>": 3})
     _, mean = written(tmp_path / "file", algo=algo, conditioned=False, tokenizer=tokenizer, special=special)
     found = import_model(tmp_path / "file", tmp_path / "run")
     assert found.algorithm == AR()
-    if front in ("bos", "none"):
+    if front in ("bos", "none", "older"):
         mean["vocab_embed.embedding"][VOCAB - 1] = mean["vocab_embed.embedding"][3]
         assert "id 3" in found.told["changed"]
     assert ("does not say" in found.told["changed"]) == (front is None)
@@ -219,6 +220,29 @@ def test_the_tokenizer_of_the_file_is_kept_and_gets_the_mask(tmp_path):
     tokenizer = esolm.load(tmp_path / "run").tokenizer
     assert (tokenizer.end_id, tokenizer.mask_id) == (4, VOCAB - 1)
     assert tokenizer.encode("w1 w5 w2") == [1, 5, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words_"),
+    [
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "a part 'Precompiled'"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "FixedLength", "length": 0}]}},
+            "FixedLength",
+        ),
+        ({"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}, "no tokenizer.json"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 5}, "merges": ["x y"]}}, "no tokenizer.json"),
+        ({"model": 3}, "no tokenizer.json"),
+    ],
+)
+def test_a_hostile_tokenizer_in_a_file_is_one_line(tmp_path, change, words_, capfd):
+    """The library panics over some: a traceback of Rust, and an error that no handler of errors catches."""
+    hostile = json.dumps({**json.loads(words(**{"<|endoftext|>": 4})), **change})
+    written(tmp_path / "file", tokenizer=hostile)
+    with pytest.raises(SystemExit):
+        cli.main(["import", str(tmp_path / "file"), "--out", str(tmp_path / "run")])
+    told = capfd.readouterr().err
+    assert words_ in told and told.count("\n") == 1
 
 
 def test_an_end_of_text_of_another_name_gets_ours(tmp_path):

@@ -129,7 +129,7 @@ def _training_file(path: Path, weights: Weights | None) -> _Found:
         tokenizer_json=tokenizer.json(),
         dropped=dropped,
         step=step if type(step) is int and 0 <= step < 10**12 else 0,
-        start_of_text=settings.get("algo.prepend_token"),
+        start_of_text=theirs.start_of_text(settings),
     )
 
 

@@ -18,6 +18,10 @@ from esolm.tokenizer import END, KNOWN_ENDS, MASK
 
 _DEPTH, _VALUES = 32, 200_000  # of settings: an object may hold itself
 _METHODS = "ar, mdlm, esolm, bd3lm"
+_PARTS = (
+    "BertNormalizer BertPreTokenizer ByteFallback ByteLevel Digits Fuse Lowercase Metaspace NFC NFD NFKC NFKD Prepend "
+    "Punctuation Replace Sequence Split Strip StripAccents Whitespace WhitespaceSplit WordPiece"
+)  # of a tokenizer: what GPT-2, BERT, Llama and their kin have
 
 
 class Settings:
@@ -115,6 +119,16 @@ def _esolm(settings: Settings, low_variance: bool) -> Algorithm | None:
     return EsoLM(variant=variant, alpha_0=float(alpha_0), batch_split=share, low_variance=low_variance)
 
 
+def start_of_text(settings: Settings) -> str | None:
+    """What an autoregressive network reads in front of a text: "mask", "bos", or "none" (a text begins with its
+    end-of-text); None if the file does not say. The code of MDLM and BD3-LM knows "none" alone."""
+    older = settings.get("algo.ignore_bos", "diffusion") is not None
+    found = settings.get("algo.prepend_token") or ("none" if older else None)
+    if found not in ("mask", "bos", "none", None):
+        raise ValueError(f"algo.prepend_token is {str(found)[:40]!r}: mask, bos and none can be imported")
+    return found
+
+
 def published_algorithm(settings: Settings) -> Algorithm:
     """The method of a published folder, by its config.json. ValueError for one that is not built here."""
     if settings.get("time_conditioning") is True:
@@ -144,14 +158,24 @@ class TokenizerObject:
         self.kind = value.name.rpartition(".")[2] if isinstance(value, Inert) else None
 
     def json(self) -> str | None:
-        """Its tokenizer.json, or None where it is not made by the `tokenizers` library."""
+        """Its tokenizer.json, or None where it is not made by the `tokenizers` library. ValueError for a damaged one,
+        and for parts that the library was seen to fall over."""
         inner = self._state.get("_tokenizer")
         match inner.state if isinstance(inner, Inert) else None:
             case Latin(text):
-                return text.encode("latin-1", "replace").decode("utf-8", "replace")
-            case bytes(found):
-                return found.decode("utf-8", "replace")
-        return None
+                found = text.encode("latin-1", "replace").decode("utf-8", "replace")
+            case bytes(data):
+                found = data.decode("utf-8", "replace")
+            case _:
+                return None
+        parts = [_parsed(found).get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+        while parts:
+            part = parts.pop()
+            if isinstance(part, dict):
+                if part.get("type") not in _PARTS.split():
+                    raise ValueError(f"its tokenizer has a part {str(part.get('type'))[:30]!r}: give --tokenizer")
+                parts += [one for inside in part.values() if isinstance(inside, list) for one in inside]
+        return found
 
     def special(self, what: str) -> str | None:
         """The name of a special token, as in `special("mask_token")`."""

@@ -112,7 +112,9 @@ class Tokenizer:
         """From what `to_json` gave, or any other tokenizer.json. ValueError if it is not one."""
         try:
             backend = Backend.from_str(text)
-        except Exception as problem:  # the library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as problem:  # the library raises plain Exception, and panics are not even that
             raise ValueError(f"this is no tokenizer.json: {problem}") from None
         return Tokenizer(backend)
 
