@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A module imports only from lines above its own.
 LEVELS = (
-    "types plain noise tiles",
+    "types plain noise tiles signals",
     "schedule attention draw calibrate seal records pickled",
     "order cache archive",
     "denoiser",
@@ -30,6 +30,7 @@ LEVELS = (
     "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
     "shards watch theirs history",
     "data importers curves",
+    "guard memory inspection",
     "model train report",
     "evaluate judge recipes texts bench.learning bench.writing",
     "bench bench.plot",

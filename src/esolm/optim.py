@@ -84,12 +84,10 @@ class Config:
 
 
 class NotFinite(ArithmeticError):
-    """A gradient is NaN or infinite; nothing was updated. `name` is that of the first such parameter."""
+    """Something is NaN or infinite; nothing was updated. `name` is that of the first such tensor."""
 
-    def __init__(self, name: str, kind: str) -> None:
-        super().__init__(
-            f"the gradient of {name} is {kind}; no update was made. Lower the learning rate or clip harder"
-        )
+    def __init__(self, name: str, kind: str, what: str = "the gradient of") -> None:
+        super().__init__(f"{what} {name} is {kind}; no update was made. Lower the learning rate or clip harder")
         self.name = name
 
 

@@ -9,21 +9,19 @@ Everything random is a function of (seed, step), so a resumed run is the same ru
 """
 
 import itertools
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from esolm import checkpoint, journal, likelihood, objective, plain
+from esolm import checkpoint, guard, inspection, journal, likelihood, memory, objective, plain
 from esolm.algorithms.algorithm import Algorithm, Batch, View
 from esolm.calibrate import bf16_pays
 from esolm.data import Loader
@@ -32,12 +30,13 @@ from esolm.journal import Journal
 from esolm.noise import Noise, generator
 from esolm.optim import Config as OptimConfig
 from esolm.optim import NotFinite, Optimizer, WeightAverage
+from esolm.signals import Stop, listening
 from esolm.sinks import Sink
 from esolm.tally import Levels, Tally, peak_memory
 from esolm.tokenizer import Tokenizer
 
-_REFUSED_IN_A_ROW = 10  # updates with a gradient that is not finite, after which the run cannot be saved by skipping
 _VALIDATED_AT_ONCE = 16
+_TRIES = 10  # a save that failed is tried again ten times before the next one is due, at most
 _DROPOUT = 1000  # purpose of its random numbers, apart from those of the algorithms
 
 
@@ -59,9 +58,13 @@ class Run:
     validation_texts: int = 256
     save_every: int = 1000
     keep: int = 3
+    sample_every: int | None = None  # steps; texts of the averaged weights for the log, always with the same seeds
+    sample_texts: int = 2
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep"), 1)
+        least = dict.fromkeys(
+            ("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep", "sample_texts"), 1
+        )
         problems = [
             f"{name} must be at least {low}, got {getattr(self, name)}"
             for name, low in {**least, "validation_texts": 2}.items()
@@ -69,6 +72,8 @@ class Run:
         ]
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             problems.append(f"micro_batch must lie in [1, batch_size = {self.batch_size}], got {self.micro_batch}")
+        if self.sample_every is not None and self.sample_every < 1:
+            problems.append(f"sample_every must be at least 1, got {self.sample_every}: leave it out for no samples")
         if self.minutes is not None and not self.minutes > 0:
             problems.append(f"minutes must be positive, got {self.minutes}: leave it out for no limit")
         if problems:
@@ -85,10 +90,6 @@ class Outcome:
     validation: likelihood.Estimate | None
     interrupted: bool
     seconds: float
-
-
-class Diverged(ArithmeticError):
-    """Gradients stopped being finite and skipping updates did not help. The message says what to change."""
 
 
 def train(
@@ -109,72 +110,94 @@ def train(
 
     `resume` goes on from the newest checkpoint there; `start` takes the weights of another run's (to continue it or to
     fine-tune). `origin` is noted in every checkpoint: where the data came from. `sinks`: where figures go beside the
-    journal, as TensorBoard. Ctrl-C saves and returns.
-    ValueError for what does not fit together, Diverged, SaveError (only if the last save fails).
+    journal, as TensorBoard. SIGINT (Ctrl-C), SIGTERM and SIGUSR1 save and return.
+    ValueError for what does not fit together, Diverged, TooLarge, SaveError (only if the last save fails).
     """
     _check(run, tokenizer, folder, resume=resume, start=start)
-    state = _State(run, tokenizer, torch.device(device), origin)
-    if start is not None:
-        state.take_weights(start)
-    if resume:
-        state.restore(folder)
-    if not resume:
-        journal.set_aside(folder)
-    log = Journal(
-        folder,
-        total=run.num_steps,
-        tokens_per_step=run.batch_size * run.network.length,
-        resume=state.step if resume else None,
-        sinks=sinks,
-        facts=_facts(state),
-        console=console,
-    )
-    with log, _interruption() as interrupted:
-        log.begin()
-        _loop(state, folder, data, validation, log, interrupted)
-        validated = None if validation is None or interrupted else _validate(state, validation, log)
-        _save(state, folder, log, last=True)
-        log.end("interrupted" if interrupted else "finished")
+    memory.refuse_too_large(run.network, run.optim, torch.device(device))
+    with listening() as stop:
+        state = _State(run, tokenizer, torch.device(device), origin)
+        if start is not None:
+            state.take_weights(start)
+        if resume:
+            state.restore(folder)
+        else:
+            journal.set_aside(folder)
+        with Journal(
+            folder,
+            total=run.num_steps,
+            tokens_per_step=run.batch_size * run.network.length,
+            resume=state.step if resume else None,
+            sinks=sinks,
+            facts={"method": repr(run.algorithm), "parameters": state.denoiser.num_parameters, "seed": run.seed},
+            console=console,
+        ) as log:
+            log.begin()
+            _loop(state, folder, data, validation, log, stop)
+            validated = None if validation is None or stop else _validate(state, validation, log, stop)
+            _save(state, folder, log, last=True)
+            log.end("interrupted" if stop else "finished")
     return Outcome(
         path=folder / f"step-{state.step:09d}",
         step=state.step,
         validation=validated,
-        interrupted=bool(interrupted),
+        interrupted=bool(stop),
         seconds=state.seconds,
     )
 
 
-def _loop(
-    state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, interrupted: list[int]
-) -> None:
-    """Steps until the run is over, out of time or interrupted."""
+def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, stop: Stop) -> None:
+    """Steps until the run is over, out of time or asked to stop."""
     run, began = state.run, time.monotonic()
     tally = Tally(run.batch_size * run.network.length)
-    refused = 0
-    while state.step < run.num_steps and not interrupted:
+    refusals, unsaved = guard.Refusals(), False
+    while state.step < run.num_steps and not stop:
         if run.minutes is not None and time.monotonic() - began > 60 * run.minutes:
             break
-        started, levels = time.monotonic(), Levels()
-        batch = data.batch(state.step, 0, run.batch_size, run.batch_size)
-        with state.autocast():
-            terms = learn(run, state.denoiser, batch, state.step, levels)
-        rate = run.optim.schedule.rate(state.step, run.num_steps)
+        started, rate = time.monotonic(), run.optim.schedule.rate(state.step, run.num_steps)
+        terms, levels, problem = _learned(state, data.batch(state.step, 0, run.batch_size, run.batch_size), log)
         try:
+            if problem is not None:
+                raise problem
             norm = state.update(rate)
-        except NotFinite as problem:
-            refused = _refuse(state, log, problem, refused)
+        except NotFinite as found:
+            state.skip()
+            log.text(state.step, "warning", f"update skipped: {found}")
+            refusals.add(found, state.step)
             continue
-        refused = 0
+        refusals.clear()
         tally.add(terms, levels, time.monotonic() - started)
         if state.step % run.log_every == 0 or state.step == run.num_steps:
-            rest = {"rate": rate, "norm": norm, "memory": peak_memory(state.device), "seconds": state.seconds}
+            rest = {"rate": rate, "norm": norm, "memory": peak_memory(state.denoiser.device), "seconds": state.seconds}
             log.write(state.step, **tally.figures(), **rest)
         if state.step == run.num_steps:
             break  # the last validation and the last checkpoint are the caller's
         if validation is not None and state.step % run.validate_every == 0:
-            _validate(state, validation, log)
-        if state.step % run.save_every == 0:
-            _save(state, folder, log, last=False)
+            _validate(state, validation, log, stop)
+        if run.sample_every is not None and state.step % run.sample_every == 0:
+            _sample(state, log, stop)
+        if state.step % run.save_every == 0 or (unsaved and state.step % max(1, run.save_every // _TRIES) == 0):
+            unsaved = not _save(state, folder, log, last=False)
+
+
+def _learned(state: "_State", batch: Batch, log: Journal) -> tuple[dict[str, float], Levels, NotFinite | None]:
+    """Gradients of a batch, in micro batches that fit into memory; and the first weight or loss that is not finite."""
+    while True:
+        levels = Levels()
+        try:
+            with autocast(state.run, state.denoiser.device):
+                terms = learn(state.working, state.denoiser, batch, state.step, levels)
+            break
+        except (MemoryError, RuntimeError) as error:
+            if not memory.ran_out(error):
+                raise
+            problem = error.with_traceback(None)  # frames hold what filled the memory
+        state.optimizer.forget()
+        state.halve(problem)
+        words = f"out of memory: going on with micro batches of {state.micro_batch}, the same batch and the same losses"
+        log.text(state.step, "warning", words)
+    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
+    return terms, levels, bad or guard.bad_loss(terms, views_of(state.working, batch, state.step))
 
 
 def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None) -> dict[str, float]:
@@ -225,6 +248,7 @@ class _State:
         self.run = run
         self.tokenizer = tokenizer
         self.origin = dict(origin or {})
+        self.working = run  # the run with micro batches as small as memory wants them
         self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed)).to(device)
         self.optimizer = Optimizer(self.denoiser, run.optim)
         decay = run.optim.average
@@ -238,11 +262,25 @@ class _State:
         return self._before + time.monotonic() - self._since
 
     @property
-    def device(self) -> torch.device:
-        return self.denoiser.embed.weight.device
+    def micro_batch(self) -> int:
+        return self.working.micro_batch or self.run.batch_size
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.run, self.device)
+    def halve(self, problem: BaseException) -> None:
+        """Smaller micro batches from now on. TooLarge if they are of one text already."""
+        if self.micro_batch == 1:
+            raise memory.one_text_too_large(problem, self.denoiser.device) from None
+        self.working = replace(self.working, micro_batch=self.micro_batch // 2)
+        if self.denoiser.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def skip(self) -> None:
+        """A step without an update."""
+        self.optimizer.forget()
+        self.step += 1
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the network has the averaged weights, where there are any."""
+        return self.average.swapped() if self.average else nullcontext()
 
     def update(self, rate: float) -> float:
         """Clip, update, average; returns the norm that the gradient had. Raises NotFinite."""
@@ -261,7 +299,7 @@ class _State:
             optim=self.optimizer.state(),
             config=description(self.run),
             tokenizer_json=self.tokenizer.to_json(),
-            state={"seconds": self.seconds, "origin": self.origin},
+            state={"seconds": self.seconds, "origin": self.origin, "micro_batch": self.working.micro_batch},
         )
 
     def restore(self, folder: Path) -> None:
@@ -272,6 +310,7 @@ class _State:
         self.optimizer.load(saved.optim)
         if self.average is not None and saved.ema is not None:
             self.average.load(saved.ema)
+        self.working = replace(self.run, micro_batch=saved.state.get("micro_batch", self.run.micro_batch))
         self.step = saved.step
         self._before, self._since = float(saved.state["seconds"]), time.monotonic()
 
@@ -321,63 +360,39 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
         refuse_used(folder)
 
 
-def _facts(state: _State) -> dict[str, Any]:
-    """What the log says of a run at its beginning."""
-    return {"method": repr(state.run.algorithm), "parameters": state.denoiser.num_parameters, "seed": state.run.seed}
-
-
-def _refuse(state: _State, log: Journal, problem: NotFinite, refused: int) -> int:
-    """Skip an update whose gradient is not finite, a few times in a row at most."""
-    state.optimizer.forget()
-    state.step += 1
-    log.text(state.step, "warning", f"update skipped: {problem}")
-    if refused + 1 == _REFUSED_IN_A_ROW:
-        raise Diverged(
-            f"{_REFUSED_IN_A_ROW} updates in a row had gradients that are not finite, the last at step {state.step}: "
-            "resume from the newest checkpoint with a lower learning rate (optim.schedule.peak) or dtype=float32"
-        )
-    return refused + 1
-
-
-def _validate(state: _State, validation: Loader, log: Journal) -> likelihood.Estimate:
+def _validate(state: _State, validation: Loader, log: Journal, stop: Stop) -> likelihood.Estimate | None:
     """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
-    run = state.run
-    at_once = min(_VALIDATED_AT_ONCE, run.validation_texts)
+    run, at_once = state.run, min(_VALIDATED_AT_ONCE, state.run.validation_texts)
     texts = itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once))
-    state.denoiser.eval()
-    with state.average.swapped() if state.average else nullcontext(), state.autocast():
-        found = likelihood.estimate(state.denoiser, run.algorithm, texts, seed=run.seed)
-    log.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
+    with state.averaged(), autocast(state.run, state.denoiser.device):
+        found = inspection.validation(state.denoiser, run.algorithm, texts, run.seed, stop)
+    if found is not None:
+        log.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
     return found
 
 
-def _save(state: _State, folder: Path, log: Journal, *, last: bool) -> None:
-    """Save; if that fails in mid-run (a full disk), say so and train on: the next save may succeed."""
+def _sample(state: _State, log: Journal, stop: Stop) -> None:
+    """Texts by the averaged weights, into the log."""
+    run = state.run
+    with state.averaged():
+        texts = inspection.samples(state.denoiser, run.algorithm, state.tokenizer, run.sample_texts, stop)
+    for text in texts:
+        log.text(state.step, "sample", text)
+
+
+def _save(state: _State, folder: Path, log: Journal, *, last: bool) -> bool:
+    """Save; if that fails in mid-run (a full disk), say so and train on: it is tried again soon."""
+    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
+    if bad is not None:
+        log.text(state.step, "warning", f"not saved: {bad}; the checkpoints from before are kept")
+        if last:
+            raise guard.diverged(bad, state.step)
+        return False
     try:
         checkpoint.save(folder, state.snapshot(), keep=state.run.keep)
     except checkpoint.SaveError as problem:
         if last:
             raise
-        log.text(state.step, "warning", str(problem))
-
-
-@contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """A list that a first Ctrl-C (or SIGTERM) fills, so that the step ends and the run is saved; a second raises."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # only the main thread may listen to signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        log.text(state.step, "warning", f"{problem}; training goes on and tries again")
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 torch is imported inside the commands, so that `--help` answers at once. Exit codes: 0 done; 1 failed; 2 wrong use;
 3 data, a checkpoint or a file is missing, damaged or cannot be written; 75 stopped by a signal after saving (go on with
---resume); 130 Ctrl-C.
+--resume); 130 Ctrl-C and 143 SIGTERM where there was nothing to save.
 """
 
 import errno
@@ -13,7 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 
-from esolm import __version__
+from esolm import __version__, signals
 from esolm.cli.importing import import_
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, judge, verify
@@ -59,12 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(call: Callable[[], None]) -> None:
     """Make a call, and end with a line and an exit code where it fails."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), signals.leaving():
             warnings.showwarning = _warn  # type: ignore[assignment]
             call()
             sys.stdout.flush()
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", signals.INTERRUPTED)
+    except signals.Terminated:
+        fail("terminated", signals.TERMINATED)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is written nowhere, on exit too
         sys.exit(0)
@@ -73,6 +75,10 @@ def _run(call: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as problem:
         if not isinstance(problem, MemoryError) and "memory" not in str(problem):
             raise  # a bug: where it happened is what helps
+        from esolm.memory import TooLarge
+
+        if isinstance(problem, TooLarge):
+            fail(str(problem), 1)
         fail("out of memory: choose a smaller network, batch (micro_batch, in training) or text", 1)
 
 
