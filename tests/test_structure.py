@@ -35,10 +35,10 @@ LEVELS = (
     "evaluate judge recipes texts bench.learning bench.writing",
     "bench bench.plot",
     "prepare exhibits",
-    "demo",
+    "demo frontier",
     "__init__ cli.parsing",
     "cli.terminal",
-    "cli.importing cli.learning cli.measuring cli.timing cli.watching cli.writing",
+    "cli.importing cli.judging cli.learning cli.measuring cli.timing cli.watching cli.writing",
     "cli",
     "__main__",
 )

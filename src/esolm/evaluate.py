@@ -295,7 +295,7 @@ def _key(model: Model, measure: _Measure, windows: Sequence[_Window], as_written
     """All that decides on the scores of windows."""
     texts = hashlib.sha256(repr([(window.document, window.given, window.tokens) for window in windows]).encode())
     return {
-        "weights": _digest(model),
+        "weights": model.digest,
         "network": plain.to_plain(model.denoiser.config),
         "algorithm": plain.to_plain(model.algorithm),
         "windows": texts.hexdigest(),
@@ -304,11 +304,3 @@ def _key(model: Model, measure: _Measure, windows: Sequence[_Window], as_written
         "seed": measure.seed,
         "products": describe(model.writer) if as_written else "float32",
     }
-
-
-def _digest(model: Model) -> str:
-    found = hashlib.sha256()
-    for name, weight in sorted(model.denoiser.named_parameters()):
-        found.update(name.encode())
-        found.update(weight.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

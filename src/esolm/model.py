@@ -6,9 +6,11 @@
 Every call can be had as values too: `request` makes a `Request`, `write` yields its `Reveal`s. It trains nothing.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,15 @@ class Model:
     def length(self) -> int:
         """The longest text, in tokens."""
         return self.denoiser.config.length
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the weights: equal digests, equal networks."""
+        found = hashlib.sha256()
+        for name, weight in sorted(self.denoiser.named_parameters()):
+            found.update(name.encode())
+            found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def request(
         self,

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 from esolm import __version__, signals
 from esolm.cli.importing import import_
+from esolm.cli.judging import frontier, judge
 from esolm.cli.learning import tokenize, train
-from esolm.cli.measuring import demo, evaluate, info, judge, verify
+from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
 from esolm.cli.timing import bench, bench_training
 from esolm.cli.watching import plot, runs
@@ -30,6 +31,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "infill": infill,
     "evaluate": evaluate,
     "judge": judge,
+    "frontier": frontier,
     "import": import_,
     "info": info,
     "runs": runs,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from esolm.cli.parsing import Checkpoint, DtypeName, Flag, Maybe
-from esolm.cli.terminal import bars, console, device_of, loaded, print_json, say
+from esolm.cli.terminal import bars, console, loaded, print_json, say
 
 if TYPE_CHECKING:
     from esolm.evaluate import Row
@@ -96,62 +96,6 @@ def _print(rows: "list[Row]", json: bool) -> None:
     if json:
         for row in rows:
             print_json(row.values())
-    else:
-        console(stderr=False).print(table(rows))
-
-
-def judge(
-    texts: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="")],
-    by: str = "smollm2",
-    real: Maybe[str] = None,
-    field: str = "text",
-    length: int = 1024,
-    seed: int = 0,
-    out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FOLDER")] = None,
-    device: str = "auto",
-    json: Flag = False,
-) -> None:
-    """Quality of written texts: perplexity under a judge, entropy, distinct runs, repetition and MAUVE.
-
-    Examples:
-
-      esolm sample runs/first --num 200 --output texts.jsonl
-      esolm judge texts.jsonl --real held-out.txt
-      esolm judge texts.jsonl --by runs/ar --out results/first
-
-    In Python:
-
-      from esolm.judge import judge_of, measured
-
-      quality = measured(judge_of("runs/ar"), list(corpus.documents("texts.jsonl")))
-
-    Args:
-        texts: Files of texts, as `esolm sample --output` writes them, or any that `esolm train` reads.
-        by: The judge: smollm2, a causal model of transformers (hub id, folder, GGUF file), or a run of our AR.
-        real: Real text to compare with, for MAUVE and for a line of its own.
-        field: Field of the text in JSON lines, Parquet or a data set.
-        length: Most tokens that a judge of transformers reads at once.
-        seed: Of the bootstrap and of MAUVE.
-        out: Folder that keeps each score as it comes; an interrupted call goes on.
-        device: auto, cpu, cuda, cuda:1, ...
-        json: Print JSON lines instead of a table.
-    """
-    from esolm import corpus, prepare, quality
-    from esolm.judge import judge_of, measured, table
-
-    if not texts:
-        raise ValueError("give at least one file of texts: esolm judge FILE")
-    written = {str(path): list(corpus.documents(path, field=field)) for path in texts}
-    known = None if real is None else list(corpus.documents(prepare.located(real), field=field))
-    against = {name: None if known is None else quality.pieces(known, found) for name, found in written.items()}
-    by_whom = judge_of(by, length=length, device=device_of(device))
-    how: dict[str, Any] = {"seed": seed, "folder": out, "console": bars()}
-    rows = [measured(by_whom, found, name=name, real=against[name], **how) for name, found in written.items()]
-    if known is not None and real is not None:
-        rows.append(measured(by_whom, quality.pieces(known, next(iter(written.values()))), name=real, **how))
-    if json:
-        for row in rows:
-            print_json(vars(row))
     else:
         console(stderr=False).print(table(rows))
 
