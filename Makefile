@@ -4,6 +4,7 @@
 #   make test     run every test
 #   make check    style, types and structure
 #   make bench    time how every method writes on this machine
+#   make family   train the models that docs/results.md compares (about an hour and a half on two cores; it goes on)
 #   make clean    remove the environment and what was built; runs stay
 #
 #   PYTHON=...        the interpreter to build on (default: the first of python3.11 ... python3 that is 3.11 or newer)
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: demo test check bench clean help
+.PHONY: demo test check bench family clean help
 
 help:
 	@sed -n '/^$$/q; s/^#  //p; s/^#$$//p' Makefile
@@ -38,6 +39,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.core
 	$(BIN)/esolm bench
+
+family: $(VENV)/.core
+	$(BIN)/esolm family --out runs/family
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

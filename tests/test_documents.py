@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import esolm
-from esolm import cli, demo, prepare, recipes, train
+from esolm import cli, demo, family, prepare, recipes, train
 from esolm.algorithms import AR, EsoLM
 from esolm.cli import parsing
 from esolm.denoiser import Config
@@ -179,9 +179,10 @@ def test_cheap_commands_of_the_readme_run(there, place, capsys, command):
 
 @pytest.mark.parametrize("name", [name for name in cli._COMMANDS if not name.startswith("bench")])
 def test_the_python_call_of_a_command_runs(there, monkeypatch, name):
-    """The demonstration takes minutes: of it, only that the call fits."""
+    """The demonstration takes minutes and the family longer: of them, only that the calls fit."""
     _, python = examples(name)
     monkeypatch.setattr(demo, "run", inspect.signature(demo.run).bind)
+    monkeypatch.setattr(family, "train", inspect.signature(family.train).bind)
     exec(python, _names())
 
 

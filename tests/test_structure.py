@@ -35,7 +35,7 @@ LEVELS = (
     "evaluate judge recipes texts bench.learning bench.writing",
     "bench bench.plot",
     "prepare exhibits",
-    "demo frontier",
+    "demo family frontier",
     "__init__ cli.parsing",
     "cli.terminal",
     "cli.importing cli.judging cli.learning cli.measuring cli.timing cli.watching cli.writing",

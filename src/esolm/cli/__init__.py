@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from esolm import __version__, signals
 from esolm.cli.importing import import_
-from esolm.cli.judging import frontier, judge
+from esolm.cli.judging import family, frontier, judge
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
@@ -32,6 +32,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "judge": judge,
     "frontier": frontier,
+    "family": family,
     "import": import_,
     "info": info,
     "runs": runs,

@@ -1,4 +1,4 @@
-"""`esolm judge` and `esolm frontier`."""
+"""`esolm judge`, `esolm frontier` and `esolm family`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from esolm.cli.parsing import DtypeName, Flag, Maybe
-from esolm.cli.terminal import bars, console, device_of, loaded, print_json
+from esolm.cli.terminal import bars, console, device_of, loaded, print_json, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,6 +166,31 @@ def frontier(
     if plot is not None:
         draw(points, plot)
     _print(points, table(points), json)
+
+
+def family(out: Path = Path("runs/family"), workers: int = 2, vocab_size: int = 4096) -> None:
+    """Train the models that docs/results.md compares: equal tokens, equal size, one text. The same call goes on.
+
+    Examples:
+
+      esolm family
+      esolm family --out runs/family --workers 8
+
+    In Python:
+
+      from esolm import family
+
+      family.train(Path("runs/family"), workers=2)
+
+    Args:
+        out: Folder of the runs.
+        workers: Models trained at a time; they share the processor's threads.
+        vocab_size: Ids of the tokenizer that all share.
+    """
+    from esolm.family import train
+
+    train(out, workers=workers, vocab_size=vocab_size, console=bars())
+    say(f"trained; measure them: esolm evaluate {out}/* --samples 4 --out results")
 
 
 def _print(rows: "Sequence[Point | Quality]", shown: "Table", json: bool) -> None:
