@@ -67,7 +67,7 @@ def train(
 ) -> None:
     """Train the members that are not trained yet, `workers` at a time, the processor's threads shared among them.
 
-    `settings` are those of `esolm train --set`, for all members alike. ChildProcessError names a member that failed, and
+    `settings` are those of `esolm train --set`, for all members alike. ChildProcessError names a member that failed and
     where its words are; the others end first. Ctrl-C stops all, each saved.
     """
     if workers < 1:
