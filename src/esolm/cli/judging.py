@@ -77,7 +77,7 @@ def judge(
 class Grid:
     """What is written."""
 
-    alpha_0: tuple[float, ...] = ()
+    alpha_0: Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Eso-LM: shares that diffusion writes; left out, as trained."""
     num_steps: tuple[int, ...] = (4, 8, 16, 32, 64, 0)
     """Diffusion steps of a text (BD3-LM: its blocks share them); 0 is one token a step."""
