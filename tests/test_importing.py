@@ -274,6 +274,30 @@ def test_a_mask_in_the_middle_becomes_the_last_id(tmp_path):
     assert "[MASK]" not in " ".join(text)
 
 
+def test_bert_s_tokenizer_in_plain_python_is_kept(tmp_path):
+    """What the One Billion Words runs hold: no tokenizer.json, and a mask in the middle."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able"]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    python = {"kind": "BertTokenizer", "vocab": vocab, "basic_tokenizer": "BasicTokenizer", "_mask_token": "[MASK]"}
+    python |= {"wordpiece_tokenizer": "WordpieceTokenizer", "_sep_token": "[SEP]"}
+    assert len(pieces) == VOCAB
+    written(tmp_path / "file", python=python)
+    found = import_model(tmp_path / "file", tmp_path / "run")
+    tokenizer = esolm.load(tmp_path / "run").tokenizer
+    assert tokenizer.encode("Unable un") == [5, 6, 5] and tokenizer.decode([5, 6, 5]) == "unable un"
+    assert (tokenizer.end_id, tokenizer.mask_id) == (3, VOCAB) and "id 4 in the file" in found.told["changed"]
+
+
+def test_gpt2_s_tokenizer_in_plain_python_is_kept(tmp_path):
+    vocab = {"a": 0, "b": 1, "Ġ": 2, "ab": 3, "Ġab": 4, "<|endoftext|>": 5}
+    ranks = {("a", "b"): 0, ("Ġ", "ab"): 1}
+    python = {"kind": "GPT2Tokenizer", "encoder": vocab, "bpe_ranks": ranks, "_eos_token": "<|endoftext|>"}
+    written(tmp_path / "file", python=python)
+    import_model(tmp_path / "file", tmp_path / "run")
+    tokenizer = esolm.load(tmp_path / "run").tokenizer
+    assert tokenizer.encode("ab ab b") == [3, 4, 2, 1] and tokenizer.end_id == 5
+
+
 def test_without_a_tokenizer_ids_are_numbers_and_that_is_said(tmp_path):
     written(tmp_path / "file")
     found = import_model(tmp_path / "file", tmp_path / "run")

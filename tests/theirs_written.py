@@ -18,7 +18,8 @@ CLASSES = {
     "omegaconf.listconfig": ("ListConfig",),
     "omegaconf.nodes": ("AnyNode", "IntegerNode"),
     "omegaconf.base": ("ContainerMetadata", "Metadata"),
-    "transformers.models.gpt2": ("GPT2TokenizerFast",),
+    "transformers.models.bert": ("BertTokenizer", "BasicTokenizer", "WordpieceTokenizer"),
+    "transformers.models.gpt2": ("GPT2TokenizerFast", "GPT2Tokenizer"),
     "tokenizers": ("Tokenizer", "AddedToken"),
 }
 
@@ -77,6 +78,17 @@ def tokenizer_object(made, text: str, **special):
     return fast
 
 
+def python_object(made, kind: str, **state):
+    """A tokenizer of transformers in plain Python; a member that is the name of a class is an object of it."""
+    found = made[kind]()
+    for name, value in state.items():
+        if isinstance(value, str) and value in made:
+            value = made[value]()
+            value.__dict__["do_lower_case"] = True
+        found.__dict__[name] = value
+    return found
+
+
 SETTINGS = {
     "esolm": {"name": "esolm", "alpha_0": 0.25, "diffusion_attn_mode": "causal", "sequential_attn_mode": "causal"},
     "mdlm": {"name": "mdlm", "loss_type": "elbo"},
@@ -94,6 +106,7 @@ def written(
     average=True,
     tokenizer: str | None = None,
     special: dict | None = None,
+    python: dict | None = None,
     more: dict | None = None,
     **other,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -112,6 +125,8 @@ def written(
             hyper["config"] = config_object(made, {"algo": algo, "model": model, "data": data, **(more or {})})
         if tokenizer is not None:
             hyper["tokenizer"] = tokenizer_object(made, tokenizer, **(special or {}))
+        if python is not None:
+            hyper["tokenizer"] = python_object(made, **python)
         root = {
             "global_step": 1234,
             "pytorch-lightning_version": "2.2.1",

@@ -18,6 +18,7 @@ from esolm.tokenizer import END, KNOWN_ENDS, MASK
 
 _DEPTH, _VALUES = 32, 200_000  # of settings: an object may hold itself
 _METHODS = "ar, mdlm, esolm, bd3lm"
+_WORD_PIECE = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
 _PARTS = (
     "BertNormalizer BertPreTokenizer ByteFallback ByteLevel Digits Fuse Lowercase Metaspace NFC NFD NFKC NFKD Prepend "
     "Punctuation Replace Sequence Split Strip StripAccents Whitespace WhitespaceSplit WordPiece"
@@ -158,8 +159,8 @@ class TokenizerObject:
         self.kind = value.name.rpartition(".")[2] if isinstance(value, Inert) else None
 
     def json(self) -> str | None:
-        """Its tokenizer.json, or None where it is not made by the `tokenizers` library. ValueError for a damaged one,
-        and for parts that the library was seen to fall over."""
+        """Its tokenizer.json, also of BERT's and GPT-2's tokenizers in plain Python; None where it has no other form.
+        ValueError for a damaged one, and for parts that the library was seen to fall over."""
         inner = self._state.get("_tokenizer")
         match inner.state if isinstance(inner, Inert) else None:
             case Latin(text):
@@ -167,7 +168,7 @@ class TokenizerObject:
             case bytes(data):
                 found = data.decode("utf-8", "replace")
             case _:
-                return None
+                return self._of_python()
         parts = [_parsed(found).get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
         while parts:
             part = parts.pop()
@@ -176,6 +177,33 @@ class TokenizerObject:
                     raise ValueError(f"its tokenizer has a part {str(part.get('type'))[:30]!r}: give --tokenizer")
                 parts += [one for inside in part.values() if isinstance(inside, list) for one in inside]
         return found
+
+    def _of_python(self) -> str | None:
+        """The same as a tokenizer.json: BERT's has its pieces in `vocab`, GPT-2's in `encoder` and `bpe_ranks`."""
+        nothing: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None}
+        match self._state:
+            case {"vocab": dict(vocab), "wordpiece_tokenizer": _}:
+                basic = self._state.get("basic_tokenizer")
+                state = basic.state if isinstance(basic, Inert) and isinstance(basic.state, dict) else {}
+                normal = {"clean_text": True, "handle_chinese_chars": True, "strip_accents": None}
+                lower = state.get("do_lower_case", True) is True
+                data = {
+                    "normalizer": {"type": "BertNormalizer", **normal, "lowercase": lower},
+                    "pre_tokenizer": {"type": "BertPreTokenizer"},
+                    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+                    "model": {"type": "WordPiece", "vocab": vocab, "unk_token": "[UNK]", **_WORD_PIECE},
+                }
+            case {"encoder": dict(vocab), "bpe_ranks": dict(ranks)}:
+                pairs = [pair for pair in ranks if isinstance(pair, tuple) and len(pair) == 2]
+                spaces = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+                data = {
+                    "pre_tokenizer": {"type": "ByteLevel", **spaces},
+                    "decoder": {"type": "ByteLevel", **spaces},
+                    "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(map(str, pair)) for pair in pairs]},
+                }
+            case _:
+                return None
+        return plain.render({**nothing, **data})
 
     def special(self, what: str) -> str | None:
         """The name of a special token, as in `special("mask_token")`."""
