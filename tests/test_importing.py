@@ -360,6 +360,23 @@ def test_published_folders(tmp_path, config, conditioned, expected, shards):
     assert_same(tmp_path / "run", weights, conditioned)
 
 
+def test_a_published_eso_lm_does_not_say_its_variant_nor_alpha_0(tmp_path):
+    weights = theirs(True)
+    folder = published(tmp_path / "hub", {"model_type": "EsoLM", "mask_index": VOCAB - 1}, weights)
+    with pytest.raises(ValueError, match="does not say its method: name it with --model"):
+        import_model(folder, tmp_path / "run")
+    found = import_model(folder, tmp_path / "run", algorithm=EsoLM(variant="A", alpha_0=0.5))
+    assert found.algorithm == EsoLM(variant="A", alpha_0=0.5)
+    assert_same(tmp_path / "run", weights)
+
+
+@pytest.mark.parametrize("place", [-1, VOCAB, "last", True])
+def test_a_mask_that_is_no_id_is_refused(tmp_path, place):
+    folder = published(tmp_path / "hub", {"model_type": "mdlm", "mask_index": place}, theirs(True))
+    with pytest.raises(ValueError, match="mask_index must be one of the 7 ids"):
+        import_model(folder, tmp_path / "run")
+
+
 def test_a_published_autoregressive_network_begins_with_end_of_text(tmp_path):
     weights, config = theirs(False), BD3 | {"causal": True, "cross_attn": False, "adaln": False, "block_size": 1}
     folder = published(tmp_path / "hub", config, weights)

@@ -256,7 +256,11 @@ def _converted(
     network, weights = from_authors(found.tensors, length, heads)
     text = found.tokenizer_json if tokenizer is None else Tokenizer.load(tokenizer).to_json()
     name, notes = found.tokenizer.special("mask_token"), []
-    mask_id = None if name is None or text is None else theirs.id_of(text, name)
+    mask_id = found.settings.get("mask_index") if name is None or text is None else theirs.id_of(text, name)
+    if type(mask_id) not in (int, type(None)) or not 0 <= (mask_id or 0) < network.vocab_size:
+        raise ValueError(
+            f"mask_index must be one of the {network.vocab_size:,} ids, the file says {str(mask_id)[:40]!r}"
+        )
     if mask_id is not None and mask_id < network.mask_id:
         network, weights = with_mask_last(network, weights, mask_id)
         notes.append(f"the mask, id {mask_id} in the file, is now the last one")

@@ -22,7 +22,7 @@ from typing import Any
 Builder = Callable[[tuple[Any, ...]], object]
 
 LARGEST = 32 * 2**20  # bytes of a pickle: those of training files have a few hundred thousand
-_OPCODES = 1_500_000  # those of a file with GPT-2's tokenizer in plain Python: seven hundred thousand
+_OPCODES = 1_500_000  # those of a file with GPT-2's tokenizer in plain Python: six hundred thousand
 _DIGITS = 255  # bytes of a whole number
 _KEY = 2**60  # of a whole number that is a key: larger ones can be chosen to have one hash
 

@@ -130,13 +130,16 @@ def start_of_text(settings: Settings) -> str | None:
     return found
 
 
-def published_algorithm(settings: Settings) -> Algorithm:
-    """The method of a published folder, by its config.json. ValueError for one that is not built here."""
+def published_algorithm(settings: Settings) -> Algorithm | None:
+    """The method of a published folder, by its config.json; None for Eso-LM's, which tells neither its variant nor
+    `alpha_0`. ValueError for one that is not built here."""
     if settings.get("time_conditioning") is True:
         raise ValueError("this network is told the time (time_conditioning), which ours is not: it cannot be imported")
     kind = str(settings.get("model_type")).lower()
-    if kind not in ("mdlm", "bd3lm", "ar"):
-        raise ValueError(f"model_type is {kind[:40]!r} in config.json: mdlm and bd3lm can be imported")
+    if kind not in ("mdlm", "bd3lm", "ar", "esolm"):
+        raise ValueError(f"model_type is {kind[:40]!r} in config.json: mdlm, bd3lm and esolm can be imported")
+    if kind == "esolm":
+        return None
     if kind == "ar" or settings.get("causal") is True:
         return AR()
     if kind == "mdlm" or settings.get("cross_attn") is False:
