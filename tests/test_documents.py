@@ -20,9 +20,8 @@ from esolm.train import Run
 from test_structure import FILES, LEVEL, SOURCE, module_name
 
 ROOT = SOURCE.parent.parent
-DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md", "docs/log.md")
-]
+DOCUMENTS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+DOCUMENTS += sorted(ROOT.glob("docs/*.md"))
 TESTS = (ROOT / "Makefile", ROOT / "tests/test_structure.py")
 ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in [*FILES, *TESTS])))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from esolm import checkpoint, likelihood, plain, sample
-from esolm.algorithms.algorithm import Algorithm, Batch, Request
+from esolm.algorithms.algorithm import Algorithm, Batch, Request, recorded
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
 from esolm.inference import describe, prepared
@@ -66,7 +66,7 @@ def load(
     denoiser.load_state_dict(saved.ema if average and saved.ema is not None else saved.model)
     return Model(
         denoiser.to(device),
-        plain.from_plain(Algorithm, saved.config["algorithm"]),  # type: ignore[type-abstract]
+        recorded(saved.config["algorithm"]),
         Tokenizer.from_json(saved.tokenizer_json),
         dtype=dtype,
         facts={"step": saved.step, **saved.state, "run": saved.config.get("run")},

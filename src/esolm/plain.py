@@ -95,6 +95,11 @@ def render(data: object) -> str:
         raise ValueError(f"not plain data: {error}; allowed are dict, list, str, int, float, bool, None") from None
 
 
+def classes(cls: type[T]) -> dict[str, type[T]]:
+    """The concrete dataclasses below an abstract one, by name; of two of one name none, since a name must say which."""
+    return {name: found[0] for name, found in _concrete([cls]).items() if len(found) == 1}
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """`"; did you mean 'alpha_0'?"`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)

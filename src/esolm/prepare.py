@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from esolm import checkpoint, corpus, plain
+from esolm.algorithms.algorithm import recorded
 from esolm.corpus import Meter
 from esolm.data import Loader
 from esolm.denoiser import Config
@@ -175,6 +176,7 @@ def resumed(folder: Path) -> tuple[Run, Source]:
     origin: Mapping[str, Any] = saved.state.get("origin") or {}
     if not origin:
         raise ValueError(f"the run in {folder} does not say where its data came from: resume it from Python")
+    recorded(saved.config["algorithm"])  # says what to do if it is not known
     return plain.from_plain(Run, saved.config["run"]), plain.from_plain(Source, origin)
 
 

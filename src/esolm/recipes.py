@@ -6,8 +6,9 @@
 data; see `recipes.method` for the five methods by name.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
+from esolm import plain
 from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM
 from esolm.denoiser import Config
 from esolm.optim import Config as Optim
@@ -18,20 +19,30 @@ METHODS = ("ar", "mdlm", "bd3lm", "esolm-a", "esolm-b")
 
 
 def method(name: str, alpha_0: float | None = None, block_size: int | None = None) -> Algorithm:
-    """One of the five methods. ValueError for an option that the method does not have."""
-    if alpha_0 is not None and not name.startswith("esolm"):
-        raise ValueError(f"{name} has no alpha_0; esolm-a and esolm-b have")
-    if block_size is not None and name != "bd3lm":
-        raise ValueError(f"{name} has no block size; bd3lm has")
-    if name == "ar":
-        return AR()
-    if name == "mdlm":
-        return MDLM()
-    if name == "bd3lm":
-        return BD3LM(block_size=16 if block_size is None else block_size)
-    if name in ("esolm-a", "esolm-b"):
-        return EsoLM(variant="A" if name == "esolm-a" else "B", alpha_0=0.25 if alpha_0 is None else alpha_0)
-    raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    """One of the five methods, or one of the user's own by the name of its class (see `own`). ValueError for an option
+    that the method does not have."""
+    options = {key: value for key, value in (("alpha_0", alpha_0), ("block_size", block_size)) if value is not None}
+    own = plain.classes(Algorithm)  # type: ignore[type-abstract]
+    if name not in METHODS and name not in own:
+        names = (*METHODS, *sorted(own.keys() - {"AR", "BD3LM", "EsoLM", "MDLM"}))
+        hint = plain.nearest(name, names)
+        raise ValueError(f"there is no method {name!r}{hint}; there are {', '.join(names)}, and your own: --with FILE")
+    cls, fixed = _BUILT_IN.get(name, (own.get(name), {}))
+    assert cls is not None
+    for key in options:
+        if key not in {field.name for field in fields(cls)}:
+            raise ValueError(f"{name} has no {key.replace('_', ' ') if key == 'block_size' else key}{_WHO[key]}")
+    return cls(**fixed, **options)
+
+
+_BUILT_IN: dict[str, tuple[type[Algorithm], dict[str, str]]] = {
+    "ar": (AR, {}),
+    "mdlm": (MDLM, {}),
+    "bd3lm": (BD3LM, {}),
+    "esolm-a": (EsoLM, {"variant": "A"}),
+    "esolm-b": (EsoLM, {"variant": "B"}),
+}
+_WHO = {"alpha_0": "; esolm-a and esolm-b have", "block_size": "; bd3lm has"}
 
 
 def demo(algorithm: Algorithm, vocab_size: int) -> Run:

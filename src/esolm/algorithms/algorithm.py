@@ -10,13 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
+from esolm import plain
 from esolm.attention import PADDING
 from esolm.denoiser import Config
 from esolm.draw import Draw
@@ -188,6 +189,18 @@ class Algorithm(ABC):
     @abstractmethod
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         """How a request is written; random choices come from `rng`, which is the request's own."""
+
+
+def recorded(data: Any) -> Algorithm:
+    """The method that a checkpoint records. ValueError with what to do for one that is not defined here: it is the
+    user's own, and a checkpoint names no code to run."""
+    known, name = plain.classes(Algorithm), data.get("type") if isinstance(data, dict) else None  # type: ignore[type-abstract]
+    if isinstance(name, str) and name not in known:
+        raise ValueError(
+            f"the checkpoint's method {name[:60]!r} is not defined here: name the file that defines it "
+            "(esolm --with FILE ...; in Python own.define(FILE)), or upgrade esolm"
+        )
+    return plain.from_plain(Algorithm, data)  # type: ignore[type-abstract]
 
 
 def refuse(algorithm: Algorithm, request: Request, **unused: object) -> None:

@@ -12,6 +12,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from esolm import __version__, signals
 from esolm.cli.importing import import_
@@ -45,7 +46,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors of the user are one line on stderr, and an exit code."""
-    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    name, *rest = _defined(sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if name == "help":
         name, rest = [*rest, "--help"][0], ["--help"]
     if name in ("--version", "-V"):
@@ -57,6 +58,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(name)
     else:
         _run(call_of(_COMMANDS[name], name, rest))
+
+
+def _defined(arguments: Sequence[str]) -> list[str]:
+    """The arguments without `--with FILE`, which defines methods of the user's own, wherever it stands."""
+    words = list(arguments)
+    while "--with" in words:
+        at = words.index("--with")
+        if at + 1 == len(words):
+            fail("--with needs a value: a Python file or a module that defines a method", 2)
+        _, source = words.pop(at), words.pop(at)
+        from esolm.own import define
+
+        _run(partial(define, source))
+    return words
 
 
 def _run(call: Callable[[], None]) -> None:
@@ -97,7 +112,7 @@ def _overview() -> str:
 _DESCRIPTION = "Language models between autoregression and masked diffusion: train, evaluate, sample."
 _SEE = (
     "Begin with: esolm demo. Each command has examples and the Python call of equal power: esolm COMMAND --help. "
-    "The version: esolm --version."
+    "A method of your own: esolm --with FILE COMMAND (docs/adding-a-model.md). The version: esolm --version."
 )
 
 

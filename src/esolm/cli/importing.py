@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from esolm.cli.parsing import Maybe, MethodName
+from esolm.cli.parsing import Maybe, MaybeMethod
 from esolm.cli.terminal import print_json
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ def import_(
     out: Path,
     weights: Maybe[Literal["raw", "ema"]] = None,
     tokenizer: Maybe[Path] = None,
-    model: Maybe[MethodName] = None,
+    model: MaybeMethod = None,
     alpha_0: Maybe[float] = None,
     block_size: Maybe[int] = None,
     length: Maybe[int] = None,
@@ -65,7 +65,7 @@ def import_(
     print(f"{'saved':<{width}}  {found.path}")
 
 
-def _method(model: MethodName | None, alpha_0: float | None, block_size: int | None) -> "Algorithm | None":
+def _method(model: str | None, alpha_0: float | None, block_size: int | None) -> "Algorithm | None":
     """The method that the options name. ValueError where they do not name all of it: nothing is taken for granted."""
     from esolm import recipes
 

@@ -25,7 +25,11 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Words = Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8"]
-MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
+MethodName = Annotated[str, tyro.conf.arg(metavar="{ar,mdlm,bd3lm,esolm-a,esolm-b,CLASS}")]  # CLASS: see own.py
+MaybeMethod = Annotated[
+    str | None, tyro.conf.arg(metavar="{ar,mdlm,bd3lm,esolm-a,esolm-b,CLASS}", help_behavior_hint="")
+]
+MethodNames = Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from esolm.cli.parsing import DtypeName, Flag, Maybe, MethodName
+from esolm.cli.parsing import DtypeName, Flag, Maybe, MethodNames
 from esolm.cli.terminal import bars, console, device_of, print_json, say
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ _SETTINGS = Settings()
 
 
 def bench(
-    methods: tuple[MethodName, ...] = ("ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"),
+    methods: MethodNames = ("ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"),
     settings: Annotated[Settings, tyro.conf.arg(name="")] = _SETTINGS,
     temperature: float = 1.0,
     top_p: float = 1.0,
