@@ -105,13 +105,14 @@ def test_the_imported_reference_writes_and_is_scored(tmp_path, capsys):
         (SETTINGS["esolm"] | {"alpha_0": 1.0, "diffusion_attn_mode": "bidirectional"}, {}, MDLM()),
         (SETTINGS["mdlm"], {}, MDLM()),
         (SETTINGS["mdlm"] | {"loss_type": "low_var"}, {}, MDLM(low_variance=True)),
-        (SETTINGS["bd3lm"], {"block_size": 5}, BD3LM(block_size=5)),
+        (SETTINGS["bd3lm"] | {"ignore_bos": True}, {"block_size": 5}, BD3LM(block_size=5)),
         (SETTINGS["bd3lm"], {"block_size": "${model.length}"}, BD3LM(block_size=LENGTH)),
     ],
 )
 def test_the_method_is_the_one_of_the_settings(tmp_path, algo, more, expected):
     _, mean = written(tmp_path / "file", algo=algo, more=more)
     found = import_model(tmp_path / "file", tmp_path / "run")
+    assert ("ignore_bos" in found.told["changed"]) == ("ignore_bos" in algo)
     assert found.algorithm == (expected or EsoLM(alpha_0=0.25, batch_split=0.75, low_variance=True))
     sizes = (found.network.width, found.network.layers, found.network.heads, found.network.length)
     assert sizes == (WIDTH, LAYERS, HEADS, LENGTH)

@@ -265,6 +265,8 @@ def _converted(
         network, weights = with_mask_last(network, weights, mask_id)
         notes.append(f"the mask, id {mask_id} in the file, is now the last one")
     known = _tokenizer(found, text, network.vocab_size)
+    if found.settings.get("algo.ignore_bos") is True and not isinstance(algorithm, AR):
+        notes.append("it learned with the first token of a text given (ignore_bos); here it is written like the others")
     if isinstance(algorithm, AR):
         notes += _start(found, known, weights)
     algorithm.check(network)
