@@ -196,3 +196,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path, loader):
         run_of(tmp_path / "run", loader, other, resume=True)
     with pytest.raises(ValueError, match="has width = 32, this run 64"):
         run_of(tmp_path / "new", loader, other, start=tmp_path / "run")
+
+
+def test_a_step_makes_its_views_once(tmp_path, loader, monkeypatch):
+    """The search for what is not finite made them a second time, in every step."""
+    made, real = [], train_module.views_of
+    monkeypatch.setattr(train_module, "views_of", lambda *options: made.append(1) or real(*options))
+    run_of(tmp_path / "run", loader, settings(num_steps=3))
+    assert len(made) == 3

@@ -7,7 +7,7 @@ looked at in every step: one norm a tensor. It repairs nothing.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,13 +35,13 @@ def bad_weight(weights: Mapping[str, Tensor]) -> NotFinite | None:
     return None
 
 
-def bad_loss(terms: Mapping[str, float], views: Iterable[View]) -> NotFinite | None:
-    """The batch, if its weights are not finite, or the first term of the loss that is not. `views` is looked at only
+def bad_loss(terms: Mapping[str, float], views: Callable[[], Iterable[View]]) -> NotFinite | None:
+    """The batch, if its weights are not finite, or the first term of the loss that is not. `views` are made only
     where a term is bad."""
     wrong = next((term for term, value in terms.items() if not math.isfinite(value)), None)
     if wrong is None:
         return None
-    for view in views:
+    for view in views():
         rows = torch.nonzero(~torch.isfinite(view.weights))
         if len(rows):
             where = f"{view.term} view, text {int(rows[0, 0])}, row {int(rows[0, 1])}"

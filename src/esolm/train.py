@@ -197,7 +197,7 @@ def _learned(state: "_State", batch: Batch, log: Journal) -> tuple[dict[str, flo
         words = f"out of memory: going on with micro batches of {state.micro_batch}, the same batch and the same losses"
         log.text(state.step, "warning", words)
     bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
-    return terms, levels, bad or guard.bad_loss(terms, views_of(state.working, batch, state.step))
+    return terms, levels, bad or guard.bad_loss(terms, lambda: views_of(state.working, batch, state.step))
 
 
 def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None) -> dict[str, float]:
