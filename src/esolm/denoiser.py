@@ -113,7 +113,7 @@ class Denoiser(nn.Module):
             self.norm = _norm(config, config.width)
             self.head = nn.Linear(config.width, config.vocab_size, bias=config.head_bias)
         self.to_empty(device=torch.get_default_device())
-        cos, sin = _angles(config)
+        cos, sin = angles(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialise(generator)
@@ -245,7 +245,7 @@ def rotate(
     return torch.addcmul(x * cos, swapped, sin)
 
 
-def _angles(config: Config) -> tuple[Tensor, Tensor]:
+def angles(config: Config) -> tuple[Tensor, Tensor]:
     """Cosines and sines of position times frequency as `rotate` takes them, `[length, dim]`, in float32."""
     frequency = 1.0 / config.rotary_base ** (torch.arange(0, config.dim, 2).float() / config.dim)
     angle = torch.outer(torch.arange(config.length).float(), frequency)
