@@ -32,7 +32,7 @@ LEVELS = (
     "data importers curves",
     "guard memory inspection",
     "model train report",
-    "evaluate judge recipes texts bench.learning bench.writing",
+    "evaluate transformers judge recipes texts bench.learning bench.writing",
     "bench bench.plot",
     "prepare exhibits",
     "demo family frontier",

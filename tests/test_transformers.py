@@ -14,7 +14,6 @@ from esolm.algorithms.algorithm import Batch, Request
 from esolm.attention import relation
 from esolm.denoiser import Config, Denoiser
 from esolm.model import Model
-from esolm.noise import Noise
 from esolm.sample import Writer
 from esolm.tokenizer import Tokenizer
 from esolm.train import learn
@@ -162,10 +161,7 @@ def test_a_streamer_hears_the_text_in_reading_order(num_steps):
 
 def test_a_streamer_hears_tokens_while_the_rest_is_unwritten():
     theirs, tokenizer = of(model_of())
-    writers, heard = [], Heard()
-    put = heard.put
-    heard.put = lambda value: (writers.append(theirs.denoiser.config), put(value))
-    times = []
+    heard, times = Heard(), []
     hook = heard.put
 
     def timed(value):
@@ -208,8 +204,8 @@ def test_the_loss_is_the_one_that_training_takes(method):
         torch.testing.assert_close(got[name], weight.grad, atol=1e-6, rtol=1e-5)
     theirs.passes = 3
     assert theirs(input_ids=ids, labels=ids, seed=9).loss.item() == pytest.approx(sum(terms.values()), abs=1e-5)
-    assert theirs(input_ids=ids, labels=ids, seed=9).loss.item() != pytest.approx(sum(terms.values()), abs=1e-5)
-    assert Noise(seed=9, step=3, start=0, stop=4, total=4)
+    if not isinstance(method, AR):  # which has no noise: every pass of the same texts has the same loss
+        assert theirs(input_ids=ids, labels=ids, seed=9).loss.item() != pytest.approx(sum(terms.values()), abs=1e-5)
 
 
 def test_weights_that_change_are_seen_by_the_next_text():

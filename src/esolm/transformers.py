@@ -45,7 +45,7 @@ _AT_ONCE = 16  # texts written together
 _SMALL = {"vocab_size": 258, "length": 128}  # of a configuration that says nothing: the library makes such ones
 
 
-class EsoLMConfig(PreTrainedConfig):
+class EsoLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """The plain data of the network and of the method (any of the five), as in our checkpoints' config.json."""
 
     __no_type_check__ = True  # the library wraps what dataclasses make of this, so shape checks must not
@@ -61,7 +61,7 @@ class EsoLMConfig(PreTrainedConfig):
         method = plain.from_plain(Algorithm, self.algorithm or plain.to_plain(EsoLM()))  # type: ignore[type-abstract]
         method.check(sizes)
         self.network, self.algorithm = plain.to_plain(sizes), plain.to_plain(method)
-        super().__post_init__(**rest)
+        super().__post_init__(**rest)  # type: ignore[no-untyped-call]
 
     @property
     def sizes(self) -> Config:
@@ -92,7 +92,7 @@ class EsoLMConfig(PreTrainedConfig):
         return self.sizes.length
 
 
-class EsoLMForMaskedDiffusion(PreTrainedModel):
+class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The denoiser with its method. It learns by `forward(labels=...)` and writes by `generate`."""
 
     config_class = EsoLMConfig
@@ -104,12 +104,13 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):
         self.algorithm = config.method
         self.passes = 0  # of training: each has random numbers of its own
         self._writer: tuple[object, Network] | None = None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:
         """As the library's, but weights that are missing or left over are a ValueError, not a warning."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        found: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, info = found
         wrong = sorted([*info["missing_keys"], *info["unexpected_keys"]])
         if wrong:
             raise ValueError(f"weights and config.json do not belong together: {wrong[0]} is in one of them only")
@@ -194,11 +195,7 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):
         valid = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.bool()
         end = chosen("eos_token_id", eos_token_id, self.config.end_id)
         sampled = chosen("do_sample", do_sample, False)
-        draw = Draw(
-            temperature=chosen("temperature", temperature, 1.0) if sampled else 0.0,
-            top_k=(chosen("top_k", top_k, None) or None) if sampled else None,
-            top_p=chosen("top_p", top_p, 1.0) if sampled else 1.0,
-        )
+        draw = chosen.draw(temperature, top_k, top_p) if sampled else Draw(temperature=0.0)
         length, new = chosen("max_length", max_length, None), chosen("max_new_tokens", max_new_tokens, None)
         if new is None and length is not None:
             new = length - ids.shape[1]
@@ -303,6 +300,14 @@ class _Choice:
         given = self._config.get(name) if said is None else said
         return default if given is None else given
 
+    def draw(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Draw:
+        """How tokens are drawn; the library's top_k of 0 keeps all."""
+        return Draw(
+            temperature=self("temperature", temperature, 1.0),
+            top_k=self("top_k", top_k, None) or None,
+            top_p=self("top_p", top_p, 1.0),
+        )
+
 
 def of(model: Model) -> tuple[EsoLMForMaskedDiffusion, PreTrainedTokenizerFast]:
     """A model of ours, and its tokenizer, for the library; `save_pretrained` of both into one folder writes all."""
@@ -314,7 +319,9 @@ def of(model: Model) -> tuple[EsoLMForMaskedDiffusion, PreTrainedTokenizerFast]:
     )
     made = EsoLMForMaskedDiffusion(config)
     made.denoiser.load_state_dict(model.denoiser.state_dict())
-    return made.to(model.denoiser.device).eval(), tokenizer_of(model.tokenizer)
+    made.denoiser.to(model.denoiser.device)
+    made.train(False)
+    return made, tokenizer_of(model.tokenizer)
 
 
 def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -323,7 +330,7 @@ def tokenizer_of(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     end = None if tokenizer.end_id is None else backend.id_to_token(tokenizer.end_id)
     mask = backend.id_to_token(tokenizer.mask_id)
     names = {"eos_token": end, "mask_token": mask, "pad_token": end or backend.id_to_token(0)}
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, padding_side="left", clean_up_tokenization_spaces=False, **names
     )
 
