@@ -75,22 +75,6 @@ class EsoLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def vocab_size(self) -> int:
         return self.sizes.vocab_size
 
-    @property
-    def hidden_size(self) -> int:
-        return self.sizes.width
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.sizes.layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.sizes.heads
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.sizes.length
-
 
 class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
     """The denoiser with its method. It learns by `forward(labels=...)` and writes by `generate`."""
@@ -206,14 +190,16 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
             self._request(prompt, new, seed_of(seed, number), draw, num_steps, alpha_0)
             for number, prompt in enumerate(prompts)
         ]
+        texts = self._texts(requests, streamer, end, dtype)
+        left = [_left(row) for row in valid for _ in range(num_return_sequences)]
+        return _table(texts, left, chosen("pad_token_id", pad_token_id, 0 if end is None else end)).to(ids.device)
+
+    def _texts(self, requests: list[Request], streamer: Any, end: int | None, dtype: Dtype) -> list[list[int]]:
         if streamer is not None and len(requests) != 1:
             raise ValueError(f"a streamer takes one text, not {len(requests)}")
-        writer, texts = self._prepared(dtype), []
-        for at in range(0, len(requests), _AT_ONCE):
-            texts += _written(Writer(writer, self.algorithm, requests[at : at + _AT_ONCE], end_id=end), streamer, end)
-        left = [_left(row) for row in valid for _ in range(num_return_sequences)]
-        pad = chosen("pad_token_id", pad_token_id, 0 if end is None else end)
-        return _table(texts, left, pad).to(ids.device)
+        parts = [requests[at : at + _AT_ONCE] for at in range(0, len(requests), _AT_ONCE)]
+        writers = (Writer(self._prepared(dtype), self.algorithm, part, end_id=end) for part in parts)
+        return [text for writer in writers for text in _written(writer, streamer, end)]
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The network draws its first weights itself; what no file holds are its angles."""
