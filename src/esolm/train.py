@@ -170,12 +170,12 @@ def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None
         if state.step % run.log_every == 0 or state.step == run.num_steps:
             rest = {"rate": rate, "norm": norm, "memory": peak_memory(state.denoiser.device), "seconds": state.seconds}
             log.write(state.step, **tally.figures(), **rest)
+        if run.sample_every is not None and state.step % run.sample_every == 0:
+            _sample(state, log, stop)
         if state.step == run.num_steps:
             break  # the last validation and the last checkpoint are the caller's
         if validation is not None and state.step % run.validate_every == 0:
             _validate(state, validation, log, stop)
-        if run.sample_every is not None and state.step % run.sample_every == 0:
-            _sample(state, log, stop)
         if state.step % run.save_every == 0 or (unsaved and state.step % max(1, run.save_every // _TRIES) == 0):
             unsaved = not _save(state, folder, log, last=False)
 
