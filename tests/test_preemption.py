@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ NURSERY = """if True:
     import esolm.prepare, esolm.recipes
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind ignore it
     for name, options, waits, sent in json.loads(sys.argv[2]):
         reading, writing = os.pipe()
         child = os.fork()
@@ -154,6 +156,29 @@ def test_validation_and_sampling_are_cut_short_and_a_second_interrupt_ends_at_on
     assert (folder / "twice.err").read_text().endswith("esolm: interrupted\n")
 
 
+LONG_CALL = """if True:
+    import hashlib, signal
+    from esolm import signals
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts behind ignore it
+    with signals.leaving():
+        print("in", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python runs no handler
+"""
+
+
+def test_a_second_interrupt_ends_a_process_in_the_midst_of_a_long_call():
+    with subprocess.Popen([sys.executable, "-c", LONG_CALL], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"in\n"
+        for _ in range(2):
+            time.sleep(0.3)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(PATIENCE) == INTERRUPTED
+        finally:
+            process.kill()
+
+
 def test_a_run_that_was_stopped_goes_on_to_its_end(folder):
     stopped = Life(folder, "run", (("lll", 0.0),), (signal.SIGUSR1,), ("num_steps=40",))
     assert [code for code, _ in live(folder, [stopped, Life(folder, "run", (), (), resume=True)])] == [SAVED, 0]
@@ -167,12 +192,15 @@ def test_a_hundred_signals_at_random_moments(folder):
     chance = random.Random()
     often = ("num_steps=1000000", "validate_every=7", "validation_texts=64", "save_every=5", "sample_every=11")
     lives = [
-        Life(folder, f"life-{n}", (("h", chance.uniform(0, 3)),), (chance.choice(SIGNALS),), often) for n in range(100)
+        Life(folder, f"life-{n}", ((mark, chance.uniform(0, 3)),), (chance.choice(SIGNALS),), often)
+        for n, mark in enumerate("l" * 100 + "h" * 30)
     ]
     found = live(folder, lives)
     wrong = [(life.name, life.sent, end) for life, end in zip(lives, found, strict=True) if not is_right(life, end[0])]
     assert wrong == []
     codes, seconds = [code for code, _ in found], sorted(seconds for _, seconds in found)
-    counts = ", ".join(f"{codes.count(code)} with {code}" for code in (SAVED, INTERRUPTED, TERMINATED))
-    print(f"100 of 100 as they should: {counts}; median {seconds[50]:.2f} s, at most {seconds[-1]:.2f}")
+    assert codes[:100] == [SAVED] * 100
+    print(f"100 of 100 in training saved and ended with 75, median {seconds[65]:.2f} s, at most {seconds[-1]:.2f} s")
+    counts = ", ".join(f"{codes[100:].count(code)} with {code}" for code in (SAVED, INTERRUPTED, TERMINATED))
+    print(f"30 of 30 from the first moment on as they should: {counts}")
     assert seconds[-1] < PATIENCE
