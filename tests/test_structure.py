@@ -29,7 +29,7 @@ LEVELS = (
     "sinks tally",
     "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
     "shards watch theirs history",
-    "data importers curves",
+    "data tokenizing importers curves",
     "guard memory inspection",
     "model train report",
     "evaluate transformers judge recipes texts bench.learning bench.writing",

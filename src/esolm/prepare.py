@@ -19,8 +19,9 @@ from esolm.algorithms.algorithm import recorded
 from esolm.corpus import Meter
 from esolm.data import Loader
 from esolm.denoiser import Config
-from esolm.shards import TokenData, tokenize, tokenize_pairs
+from esolm.shards import TokenData
 from esolm.tokenizer import Tokenizer
+from esolm.tokenizing import tokenize, tokenize_pairs
 from esolm.train import Run
 
 _BYTES = 258  # ids of a byte tokenizer: 256 bytes, end-of-text, mask

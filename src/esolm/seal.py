@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -29,13 +29,14 @@ class SealError(ValueError):
     """A sealed folder is incomplete, damaged or not ours. The message names the first bad file."""
 
 
-def seal(folder: Path, names: Sequence[str], *, step: int) -> None:
-    """Sync the files `names` of a folder to disk, write and sync its manifest, then the folder itself."""
+def seal(folder: Path, names: Sequence[str], *, step: int, known: Mapping[str, str] | None = None) -> None:
+    """Sync the files `names` of a folder to disk, write and sync its manifest, then the folder itself. Digests that are
+    `known` are not taken again."""
     for name in names:
         sync(folder / name)
     for inner in {(folder / name).parent for name in names} - {folder}:
         sync(inner)
-    digests = _digests(folder, names)
+    digests = {**_digests(folder, [name for name in names if name not in (known or {})]), **(known or {})}
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
     body = plain.render({"format": FORMAT, "step": step, "files": files}).removesuffix("\n}\n") + ",\n"
     text = body.encode() + _last_line(hashlib.sha256(body.encode()).hexdigest())
