@@ -135,7 +135,7 @@ class Mixture:
     """
 
     def __init__(self, loaders: Sequence[Loader], weights: Sequence[float], *, seed: int = 0) -> None:
-        check_weights([float(weight) for weight in weights], len(loaders))
+        check_weights(weights, len(loaders))
         if len({(loader.length, loader.data.end_id) for loader in loaders}) != 1:
             raise ValueError("the corpora of a mixture must have one length and one tokenizer")
         self.loaders, self.seed, self.length = tuple(loaders), seed, loaders[0].length

@@ -48,8 +48,10 @@ def tokenize(
 ) -> TokenData:
     """Tokenize documents into a folder, once: whole or not at all; an earlier try of the same documents that was killed
     is gone on with. A folder that holds the same `source` under the same tokenizer is used as it is, unless its
-    `fingerprint` is another (`corpus.fingerprint`; empty where it is not known). `console` shows the speed and, from a `meter` that the
-    documents move, the time left. DataError for an empty text or a folder in the way, OSError for a full disk."""
+    `fingerprint` is another (`corpus.fingerprint`; empty where it is not known).
+
+    `console` shows the speed and, from a `meter` that the documents move, the time left. DataError for an empty text or
+    a folder in the way, OSError for a full disk."""
     if isinstance(documents, str):
         raise DataError("documents must be several texts, got one str: put it into a list")
     records = (("", document) for document in documents)
@@ -96,6 +98,7 @@ def _stored(
     making = folder.with_name(f".making-{folder.name}")
     with _alone(making.with_name(making.name + ".jsonl")) as log:
         if folder.exists():  # another process was first
+            Path(os.fsdecode(log.name)).unlink()
             return _kept(folder, index)
         made = _Made.found(making, log, {**index, "shard_tokens": shard_tokens})
         try:
