@@ -198,7 +198,11 @@ def test_the_prompt_of_a_pair_is_never_masked_and_only_its_answer_is_asked_for(t
 
 
 def mixed(weights: list[float], *, seed: int = 0) -> Mixture:
-    return Mixture([Loader(numbered([40 + n]), length=3, seed=seed) for n in range(len(weights))], weights, seed=seed)
+    return Mixture(
+        [Loader(replace(numbered([40 + n]), end_id=99), length=3, seed=seed) for n in range(len(weights))],
+        weights,
+        seed=seed,
+    )
 
 
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), seed=st.integers(0, 9))

@@ -191,7 +191,7 @@ def check_weights(weights: Sequence[float], count: int) -> None:
     if len(weights) != count:
         raise ValueError(f"there must be one weight for each corpus, got {len(weights)} for {count}")
     for weight in weights:
-        if not (0 < weight < math.inf and weight / sum(weights) > _LEAST):
+        if not (0 < weight < math.inf and weight > _LEAST * sum(weights)):
             raise ValueError(f"weights must be positive, each at least a millionth of all, got {weight}: leave it out")
 
 
