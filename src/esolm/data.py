@@ -70,10 +70,11 @@ class Loader:
                 f"or choose a length of at most {self._total}"
             )
         epochs, places = np.divmod(numbers, self.num_rows)
-        rows: list[Row] = []
+        rows: dict[int, Row] = {}
         for epoch in dict.fromkeys(epochs.tolist()):
-            rows += self._shuffled(epoch, places[epochs == epoch])
-        return rows
+            inside = np.flatnonzero(epochs == epoch)
+            rows.update(zip(inside.tolist(), self._shuffled(epoch, places[inside]), strict=True))
+        return [rows[at] for at in range(len(numbers))]  # as they were asked for: a mixture's come in any order
 
     @property
     def num_windows(self) -> int:
