@@ -2,6 +2,7 @@
 #
 #   make demo     train a small model on Shakespeare, watch it write, leave out/demo/report.html
 #   make test     run every test
+#   make soak     the full forms of the long checks (docs/reliability.md); many minutes
 #   make check    style, types and structure
 #   make bench    time how every method writes on this machine
 #   make family   train the models that docs/results.md compares (about an hour and a half on two cores; it goes on)
@@ -20,7 +21,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
-.PHONY: demo test check bench family clean help
+.PHONY: demo test soak check bench family clean help
 
 help:
 	@sed -n '/^$$/q; s/^#  //p; s/^#$$//p' Makefile
@@ -30,6 +31,9 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal $(PYTEST_FLAGS)
+
+soak: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m slow $(PYTEST_FLAGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check src tests

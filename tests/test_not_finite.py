@@ -11,7 +11,7 @@ from esolm import checkpoint, journal
 from esolm import train as train_module
 from esolm.data import Loader
 from esolm.guard import Diverged
-from esolm.shards import tokenize
+from esolm.tokenizing import tokenize
 from esolm.train import learn, views_of
 from test_train import BYTES, TEXT, run_of, settings
 

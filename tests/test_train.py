@@ -18,8 +18,8 @@ from esolm.data import Loader
 from esolm.denoiser import Config, Denoiser, _Dropout
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
-from esolm.shards import tokenize, tokenize_pairs
 from esolm.tokenizer import Tokenizer
+from esolm.tokenizing import tokenize, tokenize_pairs
 from esolm.train import Run, learn, train
 
 BYTES = Tokenizer.bytes()
