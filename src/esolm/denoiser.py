@@ -290,9 +290,11 @@ class _Dropout:
 def _normed(x: Tensor, norm: nn.LayerNorm | nn.RMSNorm) -> Tensor:
     """The norm of each row. At a few rows, calling the module costs a good part of the norm itself."""
     shape: list[int] = list(x.shape[-1:])
+    weight = norm.weight if norm.weight.dtype == x.dtype else norm.weight.to(x.dtype)  # gathered in bf16 from shards
     if isinstance(norm, nn.RMSNorm):
-        return torch.rms_norm(x, shape, norm.weight, norm.eps)
-    return torch.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
+        return torch.rms_norm(x, shape, weight, norm.eps)
+    bias = norm.bias if norm.bias is None else norm.bias.to(x.dtype)
+    return torch.layer_norm(x, shape, weight, bias, norm.eps)
 
 
 def _norm(config: Config, width: int) -> nn.LayerNorm | nn.RMSNorm:
