@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A module imports only from lines above its own.
 LEVELS = (
-    "types plain noise tiles signals",
+    "types plain noise tiles ranks signals",
     "schedule attention draw calibrate seal records pickled",
     "order cache archive",
     "denoiser",
@@ -27,10 +27,10 @@ LEVELS = (
     "algorithms",
     "objective",
     "sinks tally",
-    "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
+    "tokenizer corpus optim journal checkpoint folding sample likelihood quality",
     "shards watch theirs history",
     "data importers curves",
-    "guard memory inspection",
+    "guard memory inspection run",
     "model train report",
     "evaluate judge recipes texts bench.learning bench.writing",
     "bench bench.plot",

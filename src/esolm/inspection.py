@@ -20,7 +20,7 @@ class _CutShort(Exception):
 
 
 def validation(
-    network: Denoiser, algorithm: Algorithm, texts: Iterable[Batch], seed: int, stop: Stop
+    network: Denoiser, algorithm: Algorithm, texts: Iterable[Batch], seed: int, stop: object
 ) -> Estimate | None:
     """The NELBO of texts, always with the same noise; None if it was cut short."""
     network.eval()
@@ -30,7 +30,7 @@ def validation(
         return None
 
 
-def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count: int, stop: Stop) -> list[str]:
+def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count: int, stop: object) -> list[str]:
     """Texts of full length with the seeds 0, 1, ...: the same requests each time, so that texts can be compared as the
     run goes on. Nothing if it was cut short."""
     requests = [Request(length=network.config.length, seed=seed) for seed in range(count)]
@@ -42,7 +42,7 @@ def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count
     return [tokenizer.decode(written.tokens.tolist()) for written in writer.texts()]
 
 
-def _until(stop: Stop, texts: Iterable[Batch]) -> Iterator[Batch]:
+def _until(stop: object, texts: Iterable[Batch]) -> Iterator[Batch]:
     for batch in texts:
         if stop:
             raise _CutShort

@@ -127,6 +127,28 @@ class Journal:
         return True
 
 
+class Silent(Journal):
+    """The log of a rank that keeps none: what it is told is told by rank 0."""
+
+    def __init__(self, folder: Path, **unused: Any) -> None:
+        del folder, unused
+
+    def begin(self) -> None:
+        pass
+
+    def end(self, how: str) -> None:
+        pass
+
+    def write(self, step: int, **figures: int | float) -> None:
+        pass
+
+    def text(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a log (its file or its folder), oldest first; a torn last line is left out.
 

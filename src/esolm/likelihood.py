@@ -49,7 +49,7 @@ class Estimate:
         return self.nats_per_token * self.num_tokens / num_bytes / math.log(2)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nelbo(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """One Monte Carlo estimate of the negative ELBO of each text, in nats. Exact for AR."""
     nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
@@ -59,7 +59,7 @@ def nelbo(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) ->
     return nats
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihood(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """Exact log-likelihood of each text, in nats, under one order of writing: the method's only one (AR), or one drawn
     with `noise` (Eso-LM). ValueError for methods that have a bound only (see `Algorithm.one_pass`)."""

@@ -175,6 +175,14 @@ class Ranks:
         ).full_tensor()
         return found.cpu() if self.leads else found.new_empty(0)
 
+    def wholes(self, parts: dict[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors of a checkpoint, one at a time: of weights, or of `kind.weight`, as moments are named."""
+        if not self.sharded:
+            return parts
+        like = {name: weights.get(name, weights.get(name.partition(".")[2])) for name in parts}
+        assert None not in like.values()
+        return {name: self.whole(part, like[name]) if part.ndim else part for name, part in parts.items()}  # type: ignore[arg-type]
+
     def norms(self, norms: Tensor) -> Tensor:
         """The norms of whole gradients from those of this rank's parts; what is not finite anywhere is so here."""
         if not self.sharded:
@@ -187,6 +195,17 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+class Agreed:
+    """A flag that each rank may raise: true on all as soon as it is on one. To ask is a message, so all ask equally often."""
+
+    def __init__(self, ranks: Ranks, flag: object) -> None:
+        self._ranks, self._flag, self._up = ranks, flag, False
+
+    def __bool__(self) -> bool:
+        self._up = self._up or self._ranks.agree(bool(self._flag))
+        return self._up
 
 
 class Parts(Mapping[str, Tensor]):

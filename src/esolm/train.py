@@ -13,24 +13,26 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from esolm import checkpoint, guard, inspection, journal, likelihood, memory, objective, plain
-from esolm.algorithms.algorithm import Algorithm, Batch, View
+from esolm.algorithms.algorithm import Batch, Phase, View
 from esolm.calibrate import bf16_pays
 from esolm.data import Loader
-from esolm.denoiser import Config, Denoiser
-from esolm.journal import Journal
+from esolm.denoiser import Denoiser
+from esolm.journal import Journal, Silent
 from esolm.noise import Noise, generator
-from esolm.optim import Config as OptimConfig
 from esolm.optim import NotFinite, Optimizer, WeightAverage
-from esolm.signals import Stop, listening
+from esolm.ranks import ALONE, Agreed, Elsewhere, Parts, Ranks
+from esolm.run import Run as Run
+from esolm.run import description as description
+from esolm.signals import listening
 from esolm.sinks import Sink
 from esolm.tally import Levels, Tally, peak_memory
 from esolm.tokenizer import Tokenizer
@@ -38,47 +40,6 @@ from esolm.tokenizer import Tokenizer
 _VALIDATED_AT_ONCE = 16
 _TRIES = 10  # a save that failed is tried again ten times before the next one is due, at most
 _DROPOUT = 1000  # purpose of its random numbers, apart from those of the algorithms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training run: the method, the network, the optimizer, and how long and how often."""
-
-    algorithm: Algorithm
-    network: Config
-    num_steps: int
-    batch_size: int = 512
-    micro_batch: int | None = None  # texts that go through the network at once; None: the whole batch
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
-    seed: int = 0
-    minutes: float | None = None  # stop and save after this long, whatever the step
-    log_every: int = 10
-    validate_every: int = 1000
-    validation_texts: int = 256
-    save_every: int = 1000
-    keep: int = 3
-    sample_every: int | None = None  # steps; texts of the averaged weights for the log, always with the same seeds
-    sample_texts: int = 2
-
-    def __post_init__(self) -> None:
-        least = dict.fromkeys(
-            ("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep", "sample_texts"), 1
-        )
-        problems = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in {**least, "validation_texts": 2}.items()
-            if getattr(self, name) < low
-        ]
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            problems.append(f"micro_batch must lie in [1, batch_size = {self.batch_size}], got {self.micro_batch}")
-        if self.sample_every is not None and self.sample_every < 1:
-            problems.append(f"sample_every must be at least 1, got {self.sample_every}: leave it out for no samples")
-        if self.minutes is not None and not self.minutes > 0:
-            problems.append(f"minutes must be positive, got {self.minutes}: leave it out for no limit")
-        if problems:
-            raise ValueError("; ".join(problems))
-        self.algorithm.check(self.network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +66,28 @@ def train(
     sinks: Sequence[Sink] = (),
     device: str | torch.device = "cpu",
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train, with checkpoints and the journal in `folder`.
 
     `resume` goes on from the newest checkpoint there; `start` takes the weights of another run's (to continue it or to
     fine-tune). `origin` is noted in every checkpoint: where the data came from. `sinks`: where figures go beside the
     journal, as TensorBoard. SIGINT (Ctrl-C), SIGTERM and SIGUSR1 save and return.
+    `ranks`: the processes that train together, as `ranks.joined` gives them; each calls this with the same arguments.
     ValueError for what does not fit together, Diverged, TooLarge, SaveError (only if the last save fails).
     """
     _check(run, tokenizer, folder, resume=resume, start=start)
     memory.refuse_too_large(run.network, run.optim, torch.device(device))
-    with listening() as stop:
-        state = _State(run, tokenizer, torch.device(device), origin)
+    with listening() as signal:
+        stop: object = Agreed(ranks, signal) if ranks.size > 1 else signal
+        state = _State(run, tokenizer, torch.device(device), origin, ranks)
         if start is not None:
             state.take_weights(start)
         if resume:
             state.restore(folder)
-        else:
+        elif ranks.leads:
             journal.set_aside(folder)
-        with Journal(
+        with (Journal if ranks.leads else Silent)(
             folder,
             total=run.num_steps,
             tokens_per_step=run.batch_size * run.network.length,
@@ -146,16 +110,17 @@ def train(
     )
 
 
-def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, stop: Stop) -> None:
+def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, stop: object) -> None:
     """Steps until the run is over, out of time or asked to stop."""
-    run, began = state.run, time.monotonic()
+    run, ranks, began = state.run, state.ranks, time.monotonic()
+    rows = ranks.rows(run.batch_size)
     tally = Tally(run.batch_size * run.network.length)
     refusals, unsaved = guard.Refusals(), False
     while state.step < run.num_steps and not stop:
-        if run.minutes is not None and time.monotonic() - began > 60 * run.minutes:
+        if run.minutes is not None and ranks.agree(time.monotonic() - began > 60 * run.minutes):
             break
         started, rate = time.monotonic(), run.optim.schedule.rate(state.step, run.num_steps)
-        terms, levels, problem = _learned(state, data.batch(state.step, 0, run.batch_size, run.batch_size), log)
+        terms, levels, problem = _learned(state, data.batch(state.step, *rows, run.batch_size), log)
         try:
             if problem is not None:
                 raise problem
@@ -182,41 +147,58 @@ def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None
 
 def _learned(state: "_State", batch: Batch, log: Journal) -> tuple[dict[str, float], Levels, NotFinite | None]:
     """Gradients of a batch, in micro batches that fit into memory; and the first weight or loss that is not finite."""
+    ranks = state.ranks
     while True:
-        levels = Levels()
+        levels, terms, problem = Levels(), {}, None
         try:
             with autocast(state.run, state.denoiser.device):
-                terms = learn(state.working, state.denoiser, batch, state.step, levels)
-            break
+                terms = learn(state.working, state.denoiser, batch, state.step, levels, ranks)
         except (MemoryError, RuntimeError) as error:
-            if not memory.ran_out(error):
-                raise
+            if ranks.sharded or not memory.ran_out(error):
+                raise  # in shards the others wait in the middle of a pass: all end, and begin again
             problem = error.with_traceback(None)  # frames hold what filled the memory
+        if not ranks.agree(problem is not None):
+            break
         state.optimizer.forget()
-        state.halve(problem)
+        state.halve(problem or MemoryError("on another rank"))
         words = f"out of memory: going on with micro batches of {state.micro_batch}, the same batch and the same losses"
         log.text(state.step, "warning", words)
-    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
-    return terms, levels, bad or guard.bad_loss(terms, views_of(state.working, batch, state.step))
+    ranks.reduce(state.denoiser)
+    sums = ranks.sums([*terms.values(), *levels.sums.flatten().tolist()])
+    terms = dict(zip(terms, sums, strict=False))
+    levels.sums.copy_(torch.tensor(sums[len(terms) :]).view_as(levels.sums))
+    bad = guard.bad_weight(state.weights()) or guard.bad_loss(terms, views_of(state.working, batch, state.step, ranks))
+    if ranks.agree(bad is not None) and bad is None:
+        bad = NotFinite("a weight of another rank", "NaN or infinite")
+    return terms, levels, bad
 
 
-def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None) -> dict[str, float]:
-    """Gradients of the loss of one global batch, left in the parameters; returns each term in nats a token.
+def learn(
+    run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Gradients of the loss of this rank's rows of a global batch, left in the parameters; returns what they add to each
+    term in nats a token. (Alone, the rows are the whole batch.)
 
     A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient but by
     what dropout drops, which is drawn for a micro batch as a whole. `levels` takes the losses by noise level.
     """
-    device, views = model.embed.weight.device, views_of(run, batch, step)
-    tokens: Counter[str] = Counter()
+    device, views = model.cos.device, views_of(run, batch, step, ranks)
+    counts: Counter[str] = Counter()
     for view in views:
-        tokens[view.term] += view.num_tokens
-    terms = dict.fromkeys(tokens, 0.0)
-    dropped = torch.Generator(device).manual_seed(int(generator(run.seed, step, _DROPOUT).integers(2**63)))
-    for view in views:
-        if not tokens[view.term]:
-            continue  # nothing but prompts and padding
+        counts[view.term] += view.num_tokens
+    present = {view.term for view in views}
+    names = [name for name in get_args(Phase) if ranks.agree(name in present)]
+    tokens = dict(zip(names, ranks.sums([counts[name] for name in names]), strict=True))
+    terms = dict.fromkeys(names, 0.0)
+    key = (run.seed, step, _DROPOUT, ranks.rank) if ranks.rank else (run.seed, step, _DROPOUT)
+    dropped = torch.Generator(device).manual_seed(int(generator(*key).integers(2**63)))
+    learned = [view for view in views if tokens[view.term]]  # the others hold nothing but prompts and padding
+    passes = ranks.most(len(learned)) if ranks.sharded else len(learned)
+    idle = [replace(views[0], weights=torch.zeros_like(views[0].weights))] * (passes - len(learned))
+    for place, view in enumerate([*learned, *idle]):  # all ranks gather weights equally often
+        ranks.accumulate(model, last=place + 1 == passes)
         loss, weighted = objective.of_view(model, view.to(device), dropped)
-        loss = loss / tokens[view.term]
+        loss = loss / (tokens[view.term] or 1)
         loss.backward()  # type: ignore[no-untyped-call]
         terms[view.term] += loss.item()
         if levels is not None:
@@ -226,17 +208,21 @@ def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | N
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
     """Matrix products in bf16 where the run wants them so, or where they are faster and it leaves the choice."""
-    bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bf16(run, device))
 
 
-def views_of(run: Run, batch: Batch, step: int) -> list[View]:
-    """What a step shows the denoiser, one pass each: the terms of every micro batch."""
-    total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+def in_bf16(run: Run, device: torch.device) -> bool:
+    return run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
+
+
+def views_of(run: Run, batch: Batch, step: int, ranks: Ranks = ALONE) -> list[View]:
+    """What a step shows the denoiser, one pass each: the terms of every micro batch of this rank's rows."""
+    count, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+    first, total = (0, count) if ranks.alone else (ranks.rows(run.batch_size)[0], run.batch_size)
     views: list[View] = []
-    for at in range(0, total, micro):
-        stop = min(at + micro, total)
-        noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
+    for at in range(0, count, micro):
+        stop = min(at + micro, count)
+        noise = Noise(seed=run.seed, step=step, start=first + at, stop=first + stop, total=total)
         views += run.algorithm.views(batch[at:stop], noise, run.network.mask_id)
     return views
 
@@ -244,15 +230,26 @@ def views_of(run: Run, batch: Batch, step: int) -> list[View]:
 class _State:
     """What changes as a run goes on, and what its checkpoints hold."""
 
-    def __init__(self, run: Run, tokenizer: Tokenizer, device: torch.device, origin: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        origin: Mapping[str, Any] | None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.run = run
         self.tokenizer = tokenizer
         self.origin = dict(origin or {})
         self.working = run  # the run with micro batches as small as memory wants them
         self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed)).to(device)
-        self.optimizer = Optimizer(self.denoiser, run.optim)
+        self.ranks = ranks
+        if run.shard:
+            dtype = torch.bfloat16 if in_bf16(run, device) else None
+            self.ranks = ranks.shard(self.denoiser, list(self.denoiser.blocks), dtype)
+        self.optimizer = Optimizer(self.denoiser, run.optim, self.ranks)
         decay = run.optim.average
-        self.average = None if decay is None else WeightAverage(self.denoiser, decay)
+        self.average = None if decay is None else WeightAverage(self.denoiser, decay, self.ranks)
         self.step = 0
         self._before, self._since = 0.0, time.monotonic()
 
@@ -291,12 +288,17 @@ class _State:
             self.average.update(self.step)
         return norm
 
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's weights, by name."""
+        return {name: self.ranks.own(parameter) for name, parameter in self.denoiser.named_parameters()}
+
     def snapshot(self) -> checkpoint.Checkpoint:
+        like = dict(self.denoiser.named_parameters())
         return checkpoint.Checkpoint(
             step=self.step,
-            model=dict(self.denoiser.named_parameters()),
-            ema=self.average.state() if self.average else None,
-            optim=self.optimizer.state(),
+            model=self.ranks.wholes(self.weights(), like),
+            ema=self.ranks.wholes(self.average.state(), like) if self.average else None,
+            optim=self.ranks.wholes(self.optimizer.state(), like),
             config=description(self.run),
             tokenizer_json=self.tokenizer.to_json(),
             state={"seconds": self.seconds, "origin": self.origin, "micro_batch": self.working.micro_batch},
@@ -307,9 +309,9 @@ class _State:
         if saved.config["network"] != plain.to_plain(self.run.network):
             raise ValueError(f"the run in {folder} has another network: resume it with the options it began with")
         self._write(saved.model)
-        self.optimizer.load(saved.optim)
+        self.optimizer.load(Parts(self.ranks, saved.optim))
         if self.average is not None and saved.ema is not None:
-            self.average.load(saved.ema)
+            self.average.load(Parts(self.ranks, saved.ema))
         self.working = replace(self.run, micro_batch=saved.state.get("micro_batch", self.run.micro_batch))
         self.step = saved.step
         self._before, self._since = float(saved.state["seconds"]), time.monotonic()
@@ -325,27 +327,21 @@ class _State:
             raise ValueError(f"{path} was trained with another tokenizer: train with its own (tokenizer.json in it)")
         self._write(saved.ema or saved.model)
         if self.average is not None:
-            self.average = WeightAverage(self.denoiser, self.average.decay)
+            self.average = WeightAverage(self.denoiser, self.average.decay, self.ranks)
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:
-        own = dict(self.denoiser.named_parameters())
+        own = self.weights()
         if own.keys() != weights.keys():
             raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[0]} is in one only")
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(self.ranks.part(weights[name]))
 
 
 def refuse_used(folder: Path) -> None:
     """Raise ValueError if a folder holds a run already."""
     if folder.is_dir() and checkpoint.newest(folder, warn=lambda _: None) is not None:
         raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
-
-
-def description(run: Run) -> dict[str, Any]:
-    """What a checkpoint records of a run: enough to build the model, and the run itself."""
-    data: dict[str, Any] = plain.to_plain(run)
-    return {"algorithm": plain.to_plain(run)["algorithm"], "network": data["network"], "run": data}
 
 
 def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start: Path | None) -> None:
@@ -360,18 +356,19 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
         refuse_used(folder)
 
 
-def _validate(state: _State, validation: Loader, log: Journal, stop: Stop) -> likelihood.Estimate | None:
+def _validate(state: _State, validation: Loader, log: Journal, stop: object) -> likelihood.Estimate | None:
     """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
     run, at_once = state.run, min(_VALIDATED_AT_ONCE, state.run.validation_texts)
     texts = itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once))
     with state.averaged(), autocast(state.run, state.denoiser.device):
         found = inspection.validation(state.denoiser, run.algorithm, texts, run.seed, stop)
+        state.ranks.rest(state.denoiser)
     if found is not None:
         log.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
     return found
 
 
-def _sample(state: _State, log: Journal, stop: Stop) -> None:
+def _sample(state: _State, log: Journal, stop: object) -> None:
     """Texts by the averaged weights, into the log."""
     run = state.run
     with state.averaged():
@@ -382,17 +379,23 @@ def _sample(state: _State, log: Journal, stop: Stop) -> None:
 
 def _save(state: _State, folder: Path, log: Journal, *, last: bool) -> bool:
     """Save; if that fails in mid-run (a full disk), say so and train on: it is tried again soon."""
-    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
-    if bad is not None:
+    ranks, problem = state.ranks, guard.bad_weight(state.weights())
+    if ranks.agree(problem is not None):
+        bad = problem or NotFinite("a weight of another rank", "NaN or infinite")
         log.text(state.step, "warning", f"not saved: {bad}; the checkpoints from before are kept")
         if last:
             raise guard.diverged(bad, state.step)
         return False
+    snapshot, failed = state.snapshot(), None
     try:
-        checkpoint.save(folder, state.snapshot(), keep=state.run.keep)
-    except checkpoint.SaveError as problem:
-        if last:
-            raise
-        log.text(state.step, "warning", f"{problem}; training goes on and tries again")
-        return False
-    return True
+        if ranks.leads:
+            checkpoint.save(folder, snapshot, keep=state.run.keep)
+    except checkpoint.SaveError as error:
+        failed = error
+        if not last:
+            log.text(state.step, "warning", f"{error}; training goes on and tries again")
+    if not ranks.agree(failed is not None, patiently=True):
+        return True
+    if last:
+        raise failed or Elsewhere("rank 0 could not save")
+    return False
