@@ -25,7 +25,7 @@ LEVELS = (
     "algorithms.algorithm",
     "algorithms.ar algorithms.bd3lm algorithms.esolm algorithms.mdlm",
     "algorithms",
-    "objective",
+    "objective outside",
     "sinks tally",
     "tokenizer corpus optim ranks journal checkpoint folding sample likelihood quality",
     "shards watch theirs history",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from esolm import checkpoint, likelihood, plain, sample
+from esolm import checkpoint, likelihood, outside, plain, sample
 from esolm.algorithms.algorithm import Algorithm, Batch, Request
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
@@ -61,6 +61,7 @@ def load(
     CheckpointError if it is missing or damaged.
     """
     saved = checkpoint.load(Path(path), optimizer=False)
+    outside.check(saved.config)
     config = plain.from_plain(Config, saved.config["network"])
     denoiser = Denoiser(config)
     denoiser.load_state_dict(saved.ema if average and saved.ema is not None else saved.model)

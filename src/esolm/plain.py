@@ -285,7 +285,7 @@ def _raise_fields(
 
 def _raise_tagged(classes: list[type], data: object, path: _KeyPath, problems: list[str]) -> object:
     """A dataclass chosen by its `type` key among `classes` and, of the abstract ones, their subclasses."""
-    known = _concrete(classes)
+    known = concrete(classes)
     names = ", ".join(sorted(known))
     if any(type(data) in candidates for candidates in known.values()):
         return data
@@ -306,13 +306,13 @@ def _raise_tagged(classes: list[type], data: object, path: _KeyPath, problems: l
     return _FAILED
 
 
-def _concrete(classes: list[type]) -> dict[str, list[type]]:
+def concrete(classes: list[type]) -> dict[str, list[type]]:
     """Concrete dataclasses by name; of two definitions of one class (a module reloaded) the later counts."""
     found: dict[tuple[str, str], type] = {}
     for cls in classes:
         if not _is_abstract(cls) and dataclasses.is_dataclass(cls):
             found[cls.__module__, cls.__qualname__] = cls
-        for below in _concrete(cls.__subclasses__()).values() if _is_abstract(cls) or _abstract_above(cls) else ():
+        for below in concrete(cls.__subclasses__()).values() if _is_abstract(cls) or _abstract_above(cls) else ():
             found.update({(each.__module__, each.__qualname__): each for each in below})
     named: dict[str, list[type]] = {}
     for cls in found.values():
@@ -354,7 +354,7 @@ def _assign(data: dict[str, Any], cls: type, key: str, value: object) -> None:
         if not inside or not isinstance(data[name], dict):
             raise ValueError(_at(tuple(outer[: depth + 1]), f"has no keys inside, so no {last!r}"))
         data = data[name]
-        named = _concrete(inside).get(str(data.get("type")), inside)
+        named = concrete(inside).get(str(data.get("type")), inside)
         cls = named[0]
     if last == "type" and (_is_abstract(cls) or _abstract_above(cls)):
         data.clear()

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from esolm import checkpoint, corpus, plain
+from esolm import checkpoint, corpus, outside, plain
 from esolm.corpus import Meter
 from esolm.data import Loader
 from esolm.denoiser import Config
@@ -175,6 +175,7 @@ def resumed(folder: Path) -> tuple[Run, Source]:
     origin: Mapping[str, Any] = saved.state.get("origin") or {}
     if not origin:
         raise ValueError(f"the run in {folder} does not say where its data came from: resume it from Python")
+    outside.check(saved.config)
     return plain.from_plain(Run, saved.config["run"]), plain.from_plain(Source, origin)
 
 

@@ -3,23 +3,28 @@
     run = recipes.shakespeare(EsoLM(alpha_0=0.25), vocab_size=2048)
 
 `lm1b` and `owt` are the paper's (arXiv:2506.01928, section 5 and appendix C; the same for every method). They read no
-data; see `recipes.method` for the five methods by name.
+data; see `recipes.method` for the methods by name.
 """
 
 from dataclasses import replace
 
+from esolm import outside
 from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM
 from esolm.denoiser import Config
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
+from esolm.plain import nearest
 from esolm.train import Run
 
 METHODS = ("ar", "mdlm", "bd3lm", "esolm-a", "esolm-b")
 
 
 def method(name: str, alpha_0: float | None = None, block_size: int | None = None) -> Algorithm:
-    """One of the five methods. ValueError for an option that the method does not have."""
-    if alpha_0 is not None and not name.startswith("esolm"):
+    """One of the five methods, or a class from outside that is known (see `outside`), with its defaults.
+
+    ValueError for an option that the method does not have, and for a method that is not known.
+    """
+    if alpha_0 is not None and name not in ("esolm-a", "esolm-b"):
         raise ValueError(f"{name} has no alpha_0; esolm-a and esolm-b have")
     if block_size is not None and name != "bd3lm":
         raise ValueError(f"{name} has no block size; bd3lm has")
@@ -31,7 +36,13 @@ def method(name: str, alpha_0: float | None = None, block_size: int | None = Non
         return BD3LM(block_size=16 if block_size is None else block_size)
     if name in ("esolm-a", "esolm-b"):
         return EsoLM(variant="A" if name == "esolm-a" else "B", alpha_0=0.25 if alpha_0 is None else alpha_0)
-    raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    if name in outside.names():
+        return outside.method(name)
+    known = (*METHODS, *outside.names())
+    raise ValueError(
+        f"there is no method {name!r}{nearest(name, known)}; there are {', '.join(known)}, and one of your own with "
+        "--with FILE.py (in Python: import it)"
+    )
 
 
 def demo(algorithm: Algorithm, vocab_size: int) -> Run:

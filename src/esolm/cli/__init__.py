@@ -6,6 +6,7 @@ torch is imported inside the commands, so that `--help` answers at once. Exit co
 """
 
 import errno
+import functools
 import os
 import shutil
 import sys
@@ -45,7 +46,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors of the user are one line on stderr, and an exit code."""
-    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    places, left = _places(sys.argv[1:] if arguments is None else arguments)
+    name, *rest = left or [""]
     if name == "help":
         name, rest = [*rest, "--help"][0], ["--help"]
     if name in ("--version", "-V"):
@@ -56,7 +58,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name not in _COMMANDS:
         _refuse(name)
     else:
-        _run(call_of(_COMMANDS[name], name, rest))
+        _run(functools.partial(_with, places, call_of(_COMMANDS[name], name, rest)))
+
+
+def _places(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files and modules that `--with` names, wherever it stands, and the other arguments."""
+    places: list[str] = []
+    left: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--":
+            left += [word, *words]
+        elif option == "--with":
+            places.append(value if equals else next(words, ""))
+        else:
+            left.append(word)
+    if "" in places or any(place.startswith("-") for place in places):
+        fail("--with needs a Python file or a module that defines a method, as in --with my_method.py", 2)
+    return places, left
+
+
+def _with(places: Sequence[str], call: Callable[[], None]) -> None:
+    """A call with the methods of some files and modules."""
+    if places:
+        from esolm import outside
+
+        for place in places:
+            outside.bring(place)
+    call()
 
 
 def _run(call: Callable[[], None]) -> None:
@@ -87,7 +117,7 @@ def _run(call: Callable[[], None]) -> None:
 
 def _overview() -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = ["usage: esolm COMMAND [OPTIONS]", "", *textwrap.wrap(_DESCRIPTION, width), ""]
+    lines = ["usage: esolm COMMAND [OPTIONS] [--with FILE.py]", "", *textwrap.wrap(_DESCRIPTION, width), ""]
     for name, command in _COMMANDS.items():
         told = textwrap.wrap(summary(command), width - 13)
         lines += [f"  {name:<10} {told[0]}", *(" " * 13 + line for line in told[1:])]
@@ -97,7 +127,8 @@ def _overview() -> str:
 _DESCRIPTION = "Language models between autoregression and masked diffusion: train, evaluate, sample."
 _SEE = (
     "Begin with: esolm demo. Each command has examples and the Python call of equal power: esolm COMMAND --help. "
-    "The version: esolm --version."
+    ""
+    "--with FILE.py, with any command, brings methods of your own. The version: esolm --version."
 )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from esolm.cli.parsing import Flag, Maybe, MethodName
+from esolm.cli.parsing import Flag, Maybe, Method
 from esolm.cli.terminal import bars, console, device_of, say
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Settings:
 
     recipe: Literal["demo", "shakespeare", "family", "lm1b", "owt"] = "shakespeare"
     """The settings to begin with."""
-    model: MethodName = "esolm-b"
-    """The method."""
+    model: Method = "esolm-b"
+    """ar, mdlm, bd3lm, esolm-a, esolm-b, or a class of your own file, which --with FILE.py names."""
     alpha_0: Maybe[float] = None
     """Eso-LM: share of the text that diffusion writes, 0 to 1."""
     block_size: Maybe[int] = None

@@ -25,6 +25,7 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Words = Annotated[str, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 Checkpoint = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT", help_behavior_hint="")]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16", "int8"]
+Method = Annotated[str, tyro.conf.arg(metavar="METHOD")]  # a name, or a class that --with brings
 MethodName = Literal["ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"]
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from esolm.cli.parsing import DtypeName, Flag, Maybe, MethodName
+from esolm.cli.parsing import DtypeName, Flag, Maybe
 from esolm.cli.terminal import bars, console, device_of, print_json, say
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Settings:
         """A method with those of the options that it has."""
         from esolm import recipes
 
-        alpha_0 = self.alpha_0 if name.startswith("esolm") else None
+        alpha_0 = self.alpha_0 if name in ("esolm-a", "esolm-b") else None
         return recipes.method(name, alpha_0, self.block_size if name == "bd3lm" else None)
 
 
@@ -63,7 +63,13 @@ _SETTINGS = Settings()
 
 
 def bench(
-    methods: tuple[MethodName, ...] = ("ar", "mdlm", "bd3lm", "esolm-a", "esolm-b"),
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")] = (
+        "ar",
+        "mdlm",
+        "bd3lm",
+        "esolm-a",
+        "esolm-b",
+    ),
     settings: Annotated[Settings, tyro.conf.arg(name="")] = _SETTINGS,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -87,7 +93,7 @@ def bench(
       found = writing.measure([("esolm-b", EsoLM())], [writing.Setting(length=256)])
 
     Args:
-        methods: Which methods.
+        methods: Which methods; also classes of your own file, which --with FILE.py names.
         settings: What is written.
         temperature: Of the draws.
         top_p: Of the draws.
