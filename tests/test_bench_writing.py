@@ -8,6 +8,7 @@ import pytest
 from esolm import calibrate, recipes, sample
 from esolm.bench import plot, writing
 from esolm.bench.writing import Setting
+from esolm.denoiser import Config, Denoiser
 
 SMALL = Setting(length=32, vocab_size=300, width=32, layers=1, heads=2)
 
@@ -77,7 +78,7 @@ def test_speeds_are_drawn(tmp_path):
     assert "<svg" in path.read_text() and path.stat().st_size > 5000
 
 
-@pytest.mark.parametrize(("name", "words"), [("speed.bmp", "ends in"), ("nowhere/speed.png", "no folder")])
+@pytest.mark.parametrize(("name", "words"), [("speed.bmp", "must end in"), ("nowhere/speed.png", "no folder")])
 def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, name, words):
     with pytest.raises(ValueError, match=words):
         plot.check(tmp_path / name)
@@ -86,3 +87,12 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, nam
 def test_no_repeats_are_refused():
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         measured("ar", repeats=0)
+
+
+def test_the_products_of_a_network_that_is_not_laid_out_for_a_cpu_are_counted_too():
+    """What writes on other devices is the denoiser itself; its kernels could not be found once."""
+    network = Denoiser(Config(vocab_size=300, length=32, width=32, layers=2, heads=2))
+    kernels = writing._Kernels(network, batch=1, fed=2, drawn=1, read=16)
+    products = 2 * 32 * (3 * 32 + 32 + 2 * 4 * 32) + 300 * 32
+    assert kernels.nbytes == 4 * products
+    assert kernels.seconds() > 0

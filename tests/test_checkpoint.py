@@ -1,16 +1,19 @@
 """Checkpoints: what is saved is what is loaded, and whatever fails or dies on the way, an earlier one still loads."""
 
 import errno
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from esolm import checkpoint as module
 from esolm import seal
-from esolm.checkpoint import Checkpoint, CheckpointError, load, newest, save, verify
+from esolm.checkpoint import Checkpoint, CheckpointError, best, load, newest, save, verify
+from esolm.parts import shard
 
 DTYPES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "complex64"),
@@ -211,12 +214,11 @@ def test_a_file_that_does_not_belong_to_a_checkpoint_is_named(tmp_path):
         load(path)
 
 
-def test_tensors_that_are_read_in_shards_may_not_repeat(tmp_path):
+def test_shards_that_no_rank_wrote_are_refused(tmp_path):
     path = save(tmp_path, of_step(1))
-    shard = path / "optim" / "shard-00001.safetensors"
-    shard.write_bytes((path / ALL[2]).read_bytes())
-    seal.seal(path, [*ALL, "tokenizer.json", f"optim/{shard.name}"], step=1)
-    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors repeats tensor"):
+    (path / shard(1)).write_bytes((path / ALL[2]).read_bytes())
+    seal.seal(path, [*ALL, "tokenizer.json", shard(1)], step=1)
+    with pytest.raises(CheckpointError, match=r"2 shards of the optimizer; state\.json tells of 1 ranks"):
         load(path)
 
 
@@ -259,6 +261,34 @@ def test_the_newest_steps_are_kept(tmp_path, keep, left):
         save(tmp_path, of_step(step), keep=keep)
     assert names(tmp_path) == [f"step-{step:09d}" for step in left]
     assert_loads(tmp_path, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [
+        ([3.0, 1.0, 2.0, 4.0, 5.0], [2, 4, 5]),
+        ([1.0, 2.0, 3.0, 4.0, 0.5], [4, 5]),
+        ([2.0, 1.0, 1.0, 1.0, 3.0], [2, 4, 5]),  # measured once, at step 2; the later steps carry the figure along
+        ([None, 7.0, None, True, "low"], [2, 4, 5]),
+        ([None] * 5, [4, 5]),
+    ],
+)
+def test_the_best_by_validation_is_kept_beside_the_newest(tmp_path, values, left):
+    for step, value in enumerate(values, 1):
+        save(tmp_path, of_step(step, state={"validation": value}), keep=2)
+    assert names(tmp_path) == [f"step-{step:09d}" for step in left]
+    numbers = [value for value in values if isinstance(value, float)]
+    assert best(tmp_path) == (tmp_path / f"step-{1 + values.index(min(numbers)):09d}" if numbers else None)
+
+
+def test_a_step_that_was_not_saved_is_no_loss_to_the_best(tmp_path):
+    """The best is asked of what is on disk, so a failed save or a resumed run cannot make it forget."""
+    for step, value in ((1, 2.0), (3, 3.0), (4, 4.0)):  # step 2, the best, met a full disk
+        save(tmp_path, of_step(step, state={"validation": value}), keep=1)
+    assert names(tmp_path) == ["step-000000001", "step-000000004"]
+    (tmp_path / "step-000000001" / "state.json").write_text("{")
+    save(tmp_path, of_step(5, state={"validation": 5.0}), keep=1)
+    assert names(tmp_path) == ["step-000000004", "step-000000005"]  # what cannot be read is not the best
 
 
 @pytest.mark.parametrize("keep", [0, -1])
@@ -319,3 +349,46 @@ def test_what_crashed_saves_left_is_cleared_away_and_nothing_else(tmp_path):
         (tmp_path / name / "file").write_text("x")
     save(tmp_path, of_step(2))
     assert names(tmp_path) == [".mine", "logs", "step-000000001", "step-000000002"]
+
+
+def test_a_folder_holds_steps_once_one_is_saved_and_not_for_its_tokens(tmp_path):
+    """A run killed before its first save was not begun anew: the folder of its tokens has a manifest too."""
+    assert not module.holds_steps(tmp_path / "none")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / seal.MANIFEST).write_text("{}")
+    assert not module.holds_steps(tmp_path)
+    save(tmp_path, of_step(1))
+    assert module.holds_steps(tmp_path)
+
+
+def sealed_in_shards(path: Path, *shards: dict[str, torch.Tensor]) -> Path:
+    """A step whose optimizer was written by as many ranks as there are shards."""
+    save(path.parent, of_step(1))
+    state = json.loads((path / "state.json").read_text()) | {"ranks": len(shards)}
+    (path / "state.json").write_text(json.dumps(state))
+    for rank, tensors in enumerate(shards):
+        save_file(tensors, path / shard(rank))
+    names = {*ALL, "tokenizer.json", *map(shard, range(len(shards)))}
+    seal.seal(path, sorted(names), step=1)
+    return path
+
+
+def test_the_parts_of_several_ranks_are_laid_end_to_end(tmp_path):
+    whole = torch.arange(10.0).view(5, 2)
+    rows = [{"a": part.clone()} for part in (whole[:2], whole[2:4], whole[4:], whole[5:])]
+    path = sealed_in_shards(tmp_path / "step-000000001", rows[0] | {"step.a": torch.tensor(7.0)}, *rows[1:])
+    found = load(path).optim
+    assert torch.equal(found["a"], whole) and found["step.a"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"a": torch.zeros(2, 3)}, {"a": torch.zeros(2, 2).half()}, {"b": torch.zeros(2, 2)}, {"s": torch.zeros(())}, {}],
+    ids=["width", "dtype", "name", "number", "empty"],
+)
+def test_parts_that_do_not_go_together_are_refused(tmp_path, other):
+    first = {"a": torch.zeros(2, 2), "s": torch.zeros(())}
+    good = {"a": torch.zeros(2, 2)}
+    path = sealed_in_shards(tmp_path / "step-000000001", first, good, other)
+    with pytest.raises(CheckpointError, match=r"shard-0000[12]\.safetensors does not go with the other shards"):
+        load(path)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from esolm import checkpoint as module
-from esolm import seal
+from esolm import parts, seal
 from esolm.checkpoint import SaveError, load, save
 from test_checkpoint import assert_loads, names, of_step
 
 WRITES: list[tuple[object, str]] = [
-    (module, "save_file"),
+    (parts, "save_file"),
     (Path, "mkdir"),
     (Path, "write_bytes"),
     (Path, "rename"),

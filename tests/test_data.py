@@ -1,5 +1,6 @@
 """Batches: nothing is lost, nothing comes twice, and a batch is a function of (seed, step)."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from esolm.algorithms import BD3LM, MDLM, EsoLM
 from esolm.corpus import DataError
-from esolm.data import Loader, permuted
+from esolm.data import Loader, Mixture, permuted
 from esolm.noise import Noise
-from esolm.shards import TokenData, tokenize, tokenize_pairs
+from esolm.shards import TokenData
 from esolm.tokenizer import Tokenizer
+from esolm.tokenizing import tokenize, tokenize_pairs
 
 BYTES = Tokenizer.bytes()
 TEXTS = ["first text", "the second", "x", "a fourth, longer than the others"]
@@ -34,7 +36,15 @@ def numbered(sizes: list[int]) -> TokenData:
     spans = np.stack((ends - sizes, ends - sizes, ends), axis=1)
     shards = [np.arange(ends[-1])[: ends[0] + 1], np.arange(ends[-1])[ends[0] + 1 :]]  # a document lies in both
     size = int(ends[-1])
-    return TokenData(shards=shards, spans=spans, end_id=size, vocab_size=size + 2, tokenizer_digest="")
+    return TokenData(
+        shards=shards,
+        sizes=np.array([len(shard) for shard in shards]),
+        documents=spans,
+        parts=np.array([[0, len(spans), 0, size]]),
+        end_id=size,
+        vocab_size=size + 2,
+        tokenizer_digest="",
+    )
 
 
 @given(count=st.integers(1, 500), seed=st.integers(0, 2**62))
@@ -182,3 +192,60 @@ def test_the_prompt_of_a_pair_is_never_masked_and_only_its_answer_is_asked_for(t
             asked = {int(place) for place in view.positions[view.weights > 0]}
             assert not asked & set(range(4)) and asked <= set(range(8))
     assert masked & set(range(4)) == set() and {4, 5} <= masked
+
+
+# -- mixtures ----------------------------------------------------------------------------------------------
+
+
+def mixed(weights: list[float], *, seed: int = 0) -> Mixture:
+    return Mixture(
+        [Loader(replace(numbered([40 + n]), end_id=99), length=3, seed=seed) for n in range(len(weights))],
+        weights,
+        seed=seed,
+    )
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=6), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_every_block_ends_with_the_exact_shares_and_no_row_of_a_corpus_is_left_out(weights, seed):
+    mixture = mixed(weights, seed=seed)
+    count = 3 * mixture._block
+    corpora, places = mixture.assigned(np.arange(count))
+    for corpus, weight in enumerate(weights):
+        mine = places[corpora == corpus]
+        assert abs(len(mine) - count * weight / sum(weights)) < 2
+        assert sorted(mine.tolist()) == list(range(len(mine)))
+
+
+def test_the_corpus_of_a_row_is_a_function_of_its_number_however_it_is_asked_for():
+    mixture = mixed([3.0, 1.0])
+    corpora, places = mixture.assigned(np.arange(10**12, 10**12 + 1000))
+    for at in (0, 1, 517, 999):
+        assert mixture.assigned(np.array([10**12 + at])).ravel().tolist() == [corpora[at], places[at]]
+    assert abs((corpora == 0).mean() - 0.75) < 0.01 and (np.diff(corpora) != 0).sum() > 200  # well mixed
+
+
+@given(cuts=st.sets(st.integers(1, 11), max_size=4), step=st.integers(0, 60))
+@settings(max_examples=30, deadline=None)
+def test_a_batch_of_a_mixture_is_the_same_however_it_is_cut(cuts, step):
+    mixture, places = mixed([2.0, 5.0, 1.0], seed=3), [0, *sorted(cuts), 12]
+    parts = [mixture.batch(step, start, stop, 12).tokens for start, stop in pairwise(places)]
+    assert torch.equal(torch.cat(parts), mixture.batch(step, 0, 12, 12).tokens)
+    assert torch.equal(mixed([2.0, 5.0, 1.0], seed=3).batch(step, 0, 12, 12).tokens, torch.cat(parts))
+
+
+def test_windows_of_a_mixture_are_by_weight_and_show_each_corpus_whole():
+    first, second = numbered([90]), replace(numbered([30]), vocab_size=200)
+    second = replace(second, end_id=90, shards=[np.arange(100, 130)], sizes=np.array([30]))
+    mixture = Mixture([Loader(first, length=3), Loader(second, length=3)], [1.0, 1.0])
+    rows = torch.cat([batch.tokens for batch in mixture.windows(7)])
+    assert len(rows) == 60
+    assert set(rows.ravel().tolist()) >= set(range(100, 130))
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")], [1.0, 1e-9]]
+)
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="weight"):
+        Mixture([Loader(numbered([9]), length=3)] * 2, weights)

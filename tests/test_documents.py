@@ -5,6 +5,7 @@ import inspect
 import re
 import shlex
 import shutil
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -21,13 +22,17 @@ from test_structure import FILES, LEVEL, SOURCE, module_name
 
 ROOT = SOURCE.parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
-DOCUMENTS += sorted(ROOT.glob("docs/*.md"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+DOCUMENTS += PAGES[1:]
+NO_HARNESS = 'PAGE ON THE HARNESS NOT RUN: pip install "esolm[lm-eval]"'
+RECORD = "docs/log.md"  # what was measured, once, on one machine: its programs are not run again
 TESTS = (ROOT / "Makefile", ROOT / "tests/test_structure.py")
 ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in [*FILES, *TESTS])))
 TEXT = "ROMEO: To be, or not to be, that is the question. HAMLET: It was here when he left. " * 40
 
-each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def small(algorithm=None, vocab_size=258) -> Run:
@@ -55,6 +60,7 @@ def place(tmp_path_factory) -> Path:
     options = {"tokenizer": text.tokenizer, "validation": text.validation(96)}
     for name, method in (("runs/first", None), ("out/demo/run", None), ("runs/ar", AR())):
         train.train(small(method), place / name, data=text.training(96), **options)
+    shutil.copytree(place / "tokens/data", place / "runs/first/data")  # where `esolm train` keeps them
     (place / "texts.jsonl").write_text('{"text": "It was here."}\n')
     return place
 
@@ -69,7 +75,13 @@ def there(place, monkeypatch):
 
 
 def fences(text: str, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [code for found, code in blocks(text) if found == kind]
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Kind and content of the fenced blocks of a page, but for those that it says are not run, and why."""
+    found = re.findall(r"^(<!-- not run: \S.* -->\n\n?)?^(`{3,})(.*)\n((?s:.*?))^\2$", text, re.MULTILINE)
+    return [(kind, code) for mark, _, kind, code in found if not mark]
 
 
 @each_document
@@ -152,21 +164,85 @@ def test_examples_of_the_help_are_understood(name):
         _understood(line)
 
 
-def test_shell_commands_of_the_readme_are_understood():
-    lines = "".join(fences((ROOT / "README.md").read_text(encoding="utf-8"), "sh")).splitlines()
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for line in filter(None, lines):
-        words = shlex.split(line, comments=True)
-        if words[0] == "make":
-            assert words[1] in targets
-        else:
-            _understood(line)
+@each_page
+def test_every_block_of_a_page_is_run_or_parsed_or_shows_something(path):
+    assert not _untested(path.read_text(encoding="utf-8"))
+
+
+def _untested(text: str) -> list[str]:
+    """Kinds of blocks that no test looks at. What is between braces is made by the site's build."""
+    return [kind for kind, _ in blocks(text) if kind not in ("python", "sh", "text", "json") and kind[:1] != "{"]
+
+
+@each_page
+def test_shell_commands_of_a_page_are_understood(path):
+    for line in _commands(path.read_text(encoding="utf-8")):
+        _understood_by_the_shell(line)
+
+
+def _commands(text: str) -> list[str]:
+    lines = "".join(fences(text, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if shlex.split(line, comments=True)]
+
+
+def _understood_by_the_shell(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:3] == ["python", "-m", "esolm.harness"]:
+        pytest.importorskip("lm_eval", reason=NO_HARNESS)
+        from lm_eval._cli import HarnessCLI
+
+        HarnessCLI()._parser.parse_args(["run", *words[3:]])
+    else:
+        _understood(line.partition("-m ")[2] if words[0] == "torchrun" else line)
 
 
 def _understood(line: str) -> None:
-    program, name, *words = shlex.split(line, comments=True)
+    program, *words = shlex.split(line, comments=True)
     assert program == "esolm"
+    name, *words = words[2:] if words[0] == "--with" else words  # a file that defines a method
     parsing.call_of(cli._COMMANDS[name], name, words)
+
+
+def test_blocks_that_nobody_runs_are_noticed():
+    assert _untested("```bash\nls\n```\n") == ["bash"] and _untested("```\nls\n```\n") == [""]
+    marked = "```sh\nls\n```\n"
+    assert not _commands(f"<!-- not run: it takes a day -->\n\n{marked}")
+    for mark in (
+        "",
+        "<!-- not run: -->\n",
+        "<!-- it takes a day -->\n",
+        "<!-- not run: it takes a day -->\n\nBut:\n\n",
+    ):
+        assert _commands(mark + marked) == ["ls"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ls",
+        "make nothing",
+        "esolm samples runs/x",
+        "esolm info runs/x --nothing",
+        "python -m esolm.nothing",
+    ],
+)
+def test_a_command_that_is_not_there_is_noticed(line):
+    with pytest.raises((AssertionError, KeyError, SystemExit)):
+        _understood_by_the_shell(line)
+
+
+@each_page
+def test_programs_of_a_page_run(there, path):
+    """One after the other, as a reader would, on a model of a second."""
+    programs = [] if path == ROOT / RECORD else fences(path.read_text(encoding="utf-8"), "python")
+    names = {"__name__": "__page__"}
+    if any("import lm_eval" in program for program in programs):
+        pytest.importorskip("lm_eval", reason=NO_HARNESS)
+    for number, program in enumerate(programs):
+        exec(compile(program, f"{path.name}, program {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("command", ["sample", "infill", "evaluate", "info"])
@@ -187,7 +263,12 @@ def test_the_python_call_of_a_command_runs(there, monkeypatch, name):
 
 def _names() -> dict[str, object]:
     """What the calls take for granted: the names of esolm, and Path."""
-    return {**{name: getattr(esolm, name) for name in esolm.__all__}, "esolm": esolm, "Path": Path}
+    return {
+        **{name: getattr(esolm, name) for name in esolm.__all__},
+        "esolm": esolm,
+        "Path": Path,
+        "tempfile": tempfile,
+    }
 
 
 def test_an_order_of_ones_own_is_written_in(there):

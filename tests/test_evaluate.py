@@ -244,8 +244,10 @@ def test_each_measure_says_which_conditional_it_uses():
     assert told(EsoLM()) == ["parallel and sequential", "sequential"]
 
 
-def test_a_score_that_is_not_finite_is_said_and_those_before_it_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("esolm.evaluate._AT_ONCE", 1)
+@pytest.mark.parametrize("at_once", [1, 4, 16])
+def test_a_score_that_is_not_finite_is_said_and_those_before_it_are_kept(tmp_path, monkeypatch, at_once):
+    """Those of its own batch, too: they were lost once."""
+    monkeypatch.setattr("esolm.evaluate._AT_ONCE", at_once)
     model = model_of(AR())
     with torch.no_grad():
         model.denoiser.embed.weight[ord("x")] = math.nan

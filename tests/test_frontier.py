@@ -100,7 +100,8 @@ def test_tables_and_the_picture_are_of_the_points(tmp_path):
     frontier.keep(points, tmp_path)
     kept = json.loads((tmp_path / "frontier.json").read_text())
     assert [entry["setting"]["num_steps"] for entry in kept] == [2, 4]
-    assert kept[0]["quality"]["facts"]["judge"] == "judge"
+    facts = kept[0]["quality"]["facts"]
+    assert (facts["judge"], facts["top_p"], facts["seed"], facts["temperature"]) == ("judge", 1.0, 0, 1.0)
     assert len((tmp_path / "frontier.md").read_text().splitlines()) == 4
     frontier.draw(points, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000

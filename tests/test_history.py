@@ -11,6 +11,7 @@ from rich.console import Console
 
 from esolm import cli, curves, history
 from esolm.journal import FILE, Journal
+from pictures import drawn, words_on_words
 
 
 def write(folder: Path, steps: range, *, end: str | None = "finished", resume: int | None = None, offset=0.0) -> None:
@@ -91,16 +92,31 @@ def test_runs_are_listed_with_their_last_figures_and_a_damaged_log_hides_no_othe
     assert "10/10" in shown and "1.000 ± 0.250" in shown and "interrupted" in shown
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["runs", "nowhere"], "there is no folder nowhere"),
-    (["plot", "nowhere"], "nowhere holds no run"),
-    (["plot"], "RUN"),
+@pytest.mark.parametrize(("arguments", "code", "told"), [
+    (["runs", "nowhere"], 3, "there is no folder nowhere"),
+    (["plot", "nowhere"], 3, "nowhere holds no run"),
+    (["plot"], 2, "RUN"),
 ])  # fmt: skip
-def test_mistakes_are_told(arguments, told, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_told(arguments, code, told, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
-    assert end.value.code == 2 and told in capsys.readouterr().err
+    assert end.value.code == code and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("top", [12.0, 90.0, 3e4, 1e12])
+def test_no_word_of_a_logarithmic_panel_lies_on_another(tmp_path, monkeypatch, top):
+    """Labels of the gradient norm's minor ticks did."""
+    pytest.importorskip("matplotlib")
+    figures = drawn(monkeypatch)
+    console = Console(file=io.StringIO())
+    with Journal(tmp_path, total=40, facts={}, console=console) as journal:
+        for step in range(40):
+            journal.write(step, norm=top ** (1 - step / 39), loss=2.0)
+    curves.draw([history.of(tmp_path)], tmp_path / "curves.png")
+    (panel,) = (axes for axes in figures[0].axes if "Gradient norm" in axes.get_title(loc="left"))
+    assert panel.get_yscale() == "log" and 4 <= len(panel.get_yticks()) <= 9
+    assert not words_on_words(figures[0])
 
 
 def test_runs_are_drawn_and_what_cannot_be_drawn_is_told(tmp_path, capsys, monkeypatch):
@@ -110,7 +126,7 @@ def test_runs_are_drawn_and_what_cannot_be_drawn_is_told(tmp_path, capsys, monke
     picture = tmp_path / "curves.svg"
     cli.main(["plot", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(picture)])
     assert picture.stat().st_size > 10_000
-    for out, told in (("curves.doc", "ends in"), ("no/curves.png", "no folder")):
+    for out, told in (("curves.doc", "must end in"), ("no/curves.png", "no folder")):
         with pytest.raises(ValueError, match=told):
             curves.check(tmp_path / out)
     write(tmp_path / "none", range(0), end=None)

@@ -1,12 +1,15 @@
 """The network as it writes is the denoiser: the same logits in every shape of network, near ones in smaller dtypes."""
 
+import numpy as np
 import pytest
 import torch
 
+from esolm import calibrate, draw, native
 from esolm.attention import Relation, attends, relation
 from esolm.denoiser import Config, Denoiser
-from esolm.inference import Inference, describe, prepared
-from esolm.products import chosen, half_runs
+from esolm.engine import Engine
+from esolm.inference import Inference, compiled, describe, prepared
+from esolm.products import Chosen, chosen, half_runs, packed
 
 SIZES = {"vocab_size": 50, "length": 24, "width": 64, "layers": 2, "heads": 4}
 SHAPES = {
@@ -17,6 +20,16 @@ SHAPES = {
 }
 TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
 each_shape = pytest.mark.parametrize("shape", SHAPES)
+each_kind = pytest.mark.parametrize("kind", [Inference, Engine], ids=["torch", "compiled"])
+
+
+def made(kind: type[Inference | Engine], network: Denoiser, dtype: Chosen) -> Inference | Engine:
+    """A network that writes; the test is skipped where there is none of this kind."""
+    if kind is Engine and native.library() is None:
+        pytest.skip("no C compiler is here")
+    if kind is Inference and dtype == "float16" and not half_runs():
+        pytest.skip("this torch has no product with float16 weights")
+    return kind(network, dtype)
 
 
 def denoiser(**options) -> Denoiser:
@@ -47,29 +60,129 @@ def logits(network, *, cached: bool) -> torch.Tensor:
         return torch.cat(found, dim=1)
 
 
+@each_kind
 @each_shape
 @pytest.mark.parametrize("cached", [False, True], ids=["at once", "cached"])
-def test_the_network_that_writes_gives_the_denoisers_logits(shape, cached):
+def test_the_network_that_writes_gives_the_denoisers_logits(kind, shape, cached):
     network = denoiser(**SHAPES[shape])
-    assert torch.allclose(logits(prepared(network, "float32"), cached=cached), logits(network, cached=False), atol=1e-5)
+    found = logits(made(kind, network, "float32"), cached=cached)
+    assert torch.allclose(found, logits(network, cached=False), atol=1e-5)
 
 
+@each_kind
 @each_shape
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
-def test_smaller_weights_give_near_logits(shape, dtype):
-    if dtype == "float16" and not half_runs():
-        pytest.skip("this torch has no product with float16 weights")
+def test_smaller_weights_give_near_logits(kind, shape, dtype):
     network = denoiser(**SHAPES[shape])
-    exact, near = logits(network, cached=False), logits(prepared(network, dtype), cached=True)
+    exact, near = logits(network, cached=False), logits(made(kind, network, dtype), cached=True)
     assert 0 < (near - exact).std() / exact.std() < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("width", [96, 264])
+def test_a_row_of_the_compiled_network_has_the_same_bits_in_any_company(dtype, width):
+    """Alone, among others of its text, among other texts of more and of fewer rows, with one thread and with two."""
+    network = made(Engine, denoiser(width=width, mlp_width=200, length=64), dtype)
+    tokens = torch.randint(0, 49, (3, 40), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(40).expand(3, -1)
+
+    def hidden(text: slice, rows: int, counts: list[int] | None = None) -> torch.Tensor:
+        mask = torch.arange(rows) <= torch.arange(rows)[:, None]
+        who = Relation(
+            mask=mask.expand(len(tokens[text]), 1, -1, -1), counts=None if counts is None else np.array(counts)
+        )
+        return network(tokens[text, :rows], positions[text, :rows], who)
+
+    whole = hidden(slice(0, 3), 40)
+    assert torch.equal(network.logits(whole)[1, 7:8], network.logits(whole[1, 7:8]))
+    for rows in (1, 2, 3, 4, 7, 16, 33):
+        assert torch.equal(hidden(slice(1, 2), rows)[0], whole[1, :rows])
+        ragged = hidden(slice(0, 3), 40, [5, rows, 40])
+        assert torch.equal(ragged[1, :rows], whole[1, :rows]) and torch.equal(ragged[2], whole[2])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(hidden(slice(0, 3), 40), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_compiled_network_reads_no_memory_that_is_not_its_own():
+    network = made(Engine, denoiser(), "float32")
+    rows = torch.zeros(1, 2, dtype=torch.int64)
+    for tokens, positions in ((rows + 50, rows), (rows - 1, rows), (rows, rows + 24)):
+        with pytest.raises(IndexError, match="must lie in"):
+            network(tokens, positions, Relation())
+
+
+def test_the_compiled_draw_is_the_draw():
+    """The same ids for the same numbers, but where rounding moves a boundary; and exact at both ends."""
+    network = made(Engine, denoiser(vocab_size=1300, width=32, heads=2), "float32")
+    generator = torch.Generator().manual_seed(4)
+    hidden = 3 * torch.randn(400, 32, generator=generator)
+    uniform = torch.rand(400, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    for temperature in (1.0, 0.3):
+        logits = network.logits(hidden).clone()
+        logits[:, -1] = -torch.inf
+        expected = draw.draw(logits, uniform, draw.Draw(temperature=temperature)).numpy()
+        found = network.draw(hidden, uniform.numpy(), temperature)
+        assert (found == expected).mean() > 0.99 and (found < 1299).all()
+        assert np.abs(found - expected).max() <= 2  # a boundary between neighbours
+    hidden[3] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        network.draw(hidden, uniform.numpy())
+
+
+@pytest.mark.parametrize("problem", ["off", "no compiler", "broken compiler", "wrong numbers"])
+def test_without_a_compiled_network_torch_writes(problem, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if problem == "off":
+        monkeypatch.setenv("ESOLM_NATIVE", "0")
+    elif problem == "no compiler":
+        monkeypatch.setenv("PATH", "")
+    elif problem == "broken compiler":
+        (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    else:
+        monkeypatch.setattr(Engine, "logits", lambda network, hidden: torch.zeros(*hidden.shape[:-1], 40))
+    native.library.cache_clear()
+    compiled.cache_clear()
+    try:
+        assert isinstance(prepared(denoiser(), "float32"), Inference)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+        compiled.cache_clear()
+
+
+def test_the_library_is_compiled_once_and_kept_where_nobody_else_writes(monkeypatch, tmp_path):
+    if native.library() is None:
+        pytest.skip("no C compiler is here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        (made_here,) = (tmp_path / "esolm" / "native").iterdir()
+        before = made_here.stat().st_mtime_ns
+        native.library.cache_clear()
+        assert native.library() is not None and made_here.stat().st_mtime_ns == before
+        made_here.parent.chmod(0o777)
+        made_here.write_bytes(b"not ours")
+        native.library.cache_clear()
+        assert native.library() is not None and made_here.read_bytes() == b"not ours"
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_row_has_the_same_bits_whatever_other_rows_there_are(dtype):
-    """Each product at every number of rows; the sampler's own test is in test_sampling.py."""
-    if dtype == "float16" and not half_runs():
-        pytest.skip("this torch has no product with float16 weights")
-    for product in prepared(denoiser(width=96, mlp_width=200), dtype).products:
+    """Each of torch's products at every number of rows; the sampler's own test is in test_sampling.py."""
+    if dtype == "float16" and "AVX512" not in calibrate.capability():
+        pytest.skip("torch's product with float16 weights rounds by the number of rows on CPUs without AVX-512")
+    for product in made(Inference, denoiser(width=96, mlp_width=200), dtype).products:
         x = torch.randn(40, product.inputs, generator=torch.Generator().manual_seed(2))
         whole = product(x)
         for rows in (1, 2, 3, 7, 16, 33):
@@ -80,13 +193,14 @@ def test_a_row_has_the_same_bits_whatever_other_rows_there_are(dtype):
 def test_one_row_without_a_batch_is_a_row():
     for dtype in ("float32", "float16", "bfloat16", "int8"):
         if dtype != "float16" or half_runs():
-            product = prepared(denoiser(), dtype).products[0]
+            product = packed(denoiser().head, dtype)
             assert product(torch.ones(product.inputs)).shape == (product.outputs,)
 
 
-def test_what_was_made_from_a_denoiser_does_not_follow_it():
+@each_kind
+def test_what_was_made_from_a_denoiser_does_not_follow_it(kind):
     network = denoiser()
-    copy = prepared(network, "float32")
+    copy = made(kind, network, "float32")
     before = logits(copy, cached=False)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -94,21 +208,22 @@ def test_what_was_made_from_a_denoiser_does_not_follow_it():
     assert torch.equal(logits(copy, cached=False), before)
 
 
-def test_weights_too_large_for_float16_stay_float32():
+@each_kind
+def test_weights_too_large_for_float16_stay_float32(kind):
     network = denoiser()
     with torch.no_grad():
         network.head.weight[0, 0] = 1e6
-    kinds = [product.kind for product in prepared(network, "float16").products]
-    assert kinds[-1].endswith("float32") and kinds[0].endswith("float16" if half_runs() else "float32")
+    kinds = [product.kind for product in made(kind, network, "float16").products]
+    assert kinds[-1].endswith("float32") and kinds[0].endswith("float16")
 
 
-def test_it_tells_what_its_products_read():
-    network = prepared(denoiser(), "int8")
-    assert isinstance(network, Inference)
+@each_kind
+def test_it_tells_what_its_products_read(kind):
+    network = made(kind, denoiser(), "int8")
     assert sum(product.nbytes for product in network.products) == sum(
         product.inputs * product.outputs for product in network.products
     )
-    assert describe(network).startswith(f"{len(network.products)} packed int8, ")
+    assert describe(network).startswith(f"{len(network.products)} {network.products[0].kind}, ")
 
 
 def test_auto_is_float16_at_a_few_rows_and_never_int8():

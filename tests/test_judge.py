@@ -4,16 +4,20 @@ import itertools
 import json
 import math
 import random
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from esolm import checkpoint, judge
 from esolm.algorithms import AR, MDLM
 from esolm.denoiser import Config, Denoiser
 from esolm.judge import Judged, Ours, Pretrained, features, judge_of, judged, measured
 from esolm.model import Model
+from esolm.texts import as_json, requests_of
 from esolm.tokenizer import Tokenizer
 from esolm.train import Run, description
 
@@ -128,6 +132,10 @@ def test_figures_follow_from_what_is_judged():
         "tokenizer": Tokenizer.bytes().digest[:12],
         "dtype": "float32",
         "length": 16,
+        "seed": "not recorded",
+        "top_p": "not recorded",
+        "temperature": "not recorded",
+        "seed_of_judging": 0,
     }
     assert found == measured(ours(), TEXTS, name="four")
 
@@ -149,12 +157,17 @@ def test_a_judge_or_a_text_that_will_not_do_is_said(call, kind, words, monkeypat
         call()
 
 
-def test_a_judge_that_is_broken_is_said():
+def test_a_judge_that_is_broken_is_said_and_scores_before_are_kept(tmp_path):
+    """Scores of texts that were read together with the broken one were lost once."""
     broken = ours()
     with torch.no_grad():
         broken._model.denoiser.embed.weight[ord("x")] = math.nan
     with pytest.raises(ArithmeticError, match="the score of text 2 under ours is nan"):
-        judged(broken, TEXTS)
+        judged(broken, TEXTS, folder=tmp_path)
+    (kept,) = tmp_path.iterdir()
+    assert [json.loads(line) for line in kept.read_text().splitlines()[1:]] == [
+        vars(found) for found in judged(ours(), TEXTS[:2])
+    ]
 
 
 def test_the_command_judges_files_by_a_run_of_ours(tmp_path, capsys):
@@ -176,9 +189,101 @@ def test_the_command_judges_files_by_a_run_of_ours(tmp_path, capsys):
     main([*call, "--json", "--out", str(tmp_path / "out")])
     told = json.loads(capsys.readouterr().out)
     assert told["perplexity"] == pytest.approx(measured(ours(), TEXTS).perplexity)
-    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".jsonl", ".md"]
+    assert json.loads((tmp_path / "out/table.json").read_text()) == [told]
+    assert (tmp_path / "out/table.md").read_text().count("\n") == 3
     main(call)
     assert "quality under a judge" in capsys.readouterr().out
+
+
+def test_the_table_is_there_after_each_file_and_another_commands_is_not_replaced(tmp_path, capsys, monkeypatch):
+    """Only the last file was followed by a table: whoever stopped before had none."""
+    from esolm.cli import main
+
+    monkeypatch.setattr(judge, "judge_of", lambda *_, **__: ours())
+    (tmp_path / "fine.txt").write_text(TEXTS[0])
+    (tmp_path / "short.txt").write_text("x")
+    call = ["judge", str(tmp_path / "fine.txt"), str(tmp_path / "short.txt"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(call)
+    assert "too few tokens" in capsys.readouterr().err
+    (row,) = json.loads((tmp_path / "out/table.json").read_text())
+    assert row["name"] == str(tmp_path / "fine.txt") and row["num_texts"] == 1
+    for other in ('[{"kind": "NELBO"}]', "mine"):
+        (tmp_path / "out/table.json").write_text(other)
+        with pytest.raises(SystemExit):
+            main(call)
+        assert "would be lost: choose another --out" in capsys.readouterr().err
+        assert (tmp_path / "out/table.json").read_text() == other
+
+
+def test_a_figure_records_how_its_texts_were_drawn_as_sample_wrote_it(tmp_path, capsys, monkeypatch):
+    """Top-p and seed of the texts were in no figure, and top-p not in the file either."""
+    from esolm.cli import main
+
+    monkeypatch.setattr(judge, "judge_of", lambda *_, **__: ours())
+    model = ours()._model
+    for name, top_p in (("a", 0.9), ("b", 0.5)):
+        first = model.request(top_p=top_p, temperature=0.7)
+        as_json(model, requests_of(first, 3, seed=4), tmp_path / f"{name}.jsonl", console=Console(quiet=True))
+    both = "".join((tmp_path / f"{name}.jsonl").read_text() for name in "ab")
+    (tmp_path / "both.jsonl").write_text(both)
+    (tmp_path / "some.jsonl").write_text(both + '{"text": "by hand"}\n')
+    (tmp_path / "plain.txt").write_text("by hand")
+    files = [str(tmp_path / name) for name in ("a.jsonl", "both.jsonl", "some.jsonl", "plain.txt")]
+    main(["judge", *files, "--json", "--out", str(tmp_path / "out"), "--seed", "2"])
+    facts = [json.loads(line)["facts"] for line in capsys.readouterr().out.splitlines()]
+    assert [(each["top_p"], each["seed"], each["temperature"]) for each in facts] == [
+        (0.9, 4, 0.7),
+        ([0.5, 0.9], 4, 0.7),
+        ("not recorded", "not recorded", "not recorded"),
+        ("not recorded", "not recorded", "not recorded"),
+    ]
+    assert {each["seed_of_judging"] for each in facts} == {2}
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert "| 0.9 | 4 |" in lines[2] and "| 0.5 and 1 more | 4 |" in lines[3] and "| not recorded |" in lines[4]
+    main(["judge", files[0]])
+    assert "texts: top-p 0.9, seed 4. judge: tokenizer" in " ".join(capsys.readouterr().out.split())
+
+
+def test_mauve_that_cannot_be_had_is_told_before_a_judge_is_loaded_or_a_text_written(tmp_path, capsys, monkeypatch):
+    """A missing package came to light after hours of judging, too few texts of a second file after the first's."""
+    from esolm.cli import main
+
+    def asked(*_, **__):
+        pytest.fail("work was done")
+
+    monkeypatch.setattr(judge, "judge_of", asked)
+    monkeypatch.setattr(judge, "judged", asked)
+    monkeypatch.setitem(sys.modules, "mauve", ModuleType("mauve"))
+    (tmp_path / "real.txt").write_text("It was here when he left. " * 400)
+    for name, count in (("many", 60), ("few", 49)):
+        lines = [json.dumps({"text": f"text {number}"}) + "\n" for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    many, few, real = (str(tmp_path / name) for name in ("many.jsonl", "few.jsonl", "real.txt"))
+    for command, missing, words in (
+        (["judge", many, few, "--real", real], False, "MAUVE needs at least 50 texts on each side, got 49"),
+        (["judge", many, "--real", real], True, 'MAUVE needs the extra: pip install "esolm[eval]"'),
+        (["frontier", "no", "--out", "no", "--real", real, "--num", "8"], False, "at least 50 texts"),
+        (["frontier", "no", "--out", "no", "--real", real, "--num", "64"], True, "MAUVE needs the extra"),
+    ):
+        if missing:
+            monkeypatch.setitem(sys.modules, "mauve", None)
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        told = capsys.readouterr().err
+        assert end.value.code == 2 and words in told and told.count("\n") == 1, told
+        monkeypatch.setitem(sys.modules, "mauve", ModuleType("mauve"))
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(ValueError, match="MAUVE needs the extra"):
+        measured(ours(), ["a text"] * 50, real=["a text"] * 50)
+
+
+def test_figures_of_texts_too_short_for_them_are_no_numbers_and_are_kept(tmp_path):
+    rows = [measured(ours(), ["xyz"])]
+    assert math.isnan(rows[0].repetition_4)
+    judge.keep(rows, tmp_path)
+    assert json.loads((tmp_path / "table.json").read_text())[0]["repetition_4"] is None
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
 from esolm.algorithms.algorithm import Batch
-from esolm.likelihood import estimate, importance_weighted, log_likelihood, nelbo
+from esolm.likelihood import draws, estimate, importance_weighted, log_likelihood, nelbo
 from esolm.noise import Noise
 from esolm.schedule import EPSILON
 from slow import network, slow_logits, unchecked
@@ -54,6 +55,42 @@ def test_batches_and_what_padding_holds_change_no_measure(algorithm, kind):
     padded = estimate(DENOISER, algorithm, [other], kind=kind, samples=3, seed=5)
     assert padded.nats_per_token == pytest.approx(whole.nats_per_token, abs=1e-5)
     assert (whole.num_texts, whole.num_tokens) == (TEXTS, int(batch.valid.sum()))
+
+
+@pytest.mark.parametrize(("algorithm", "kind"), KINDS, ids=[f"{type(a).__name__}-{kind}" for a, kind in KINDS])
+def test_a_short_text_alone_and_padded_beside_a_long_one_has_the_same_draws(algorithm, kind):
+    """Rows of noise were as long as the padded text, so every text but the first had others beside a longer one, and so
+    had the blocks of BD3-LM their times."""
+    batch, found = some_texts(), []
+    padded = draws(DENOISER, algorithm, batch, noise(TEXTS, 5), kind, 3)
+    for text in range(TEXTS):
+        length = int(batch.valid[text].sum())
+        length += -length % algorithm.length_multiple
+        short = Batch(**{name: part[text : text + 1, :length] for name, part in vars(batch).items()})
+        here = Noise(seed=5, step=0, start=text, stop=text + 1, total=1)
+        found.append(draws(DENOISER, algorithm, short, here, kind, 3))
+    torch.testing.assert_close(torch.cat(found), padded, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [4, 5, 8])
+@METHODS
+def test_what_a_short_text_shows_is_the_start_of_what_a_longer_one_shows(algorithm, length):
+    """Bit for bit: the same tokens masked, with the same weights, in the same order."""
+    batch = some_texts(200)
+    batch = Batch(tokens=batch.tokens, given=batch.given, valid=(torch.arange(LENGTH) < length).expand(200, -1))
+    cut = length + -length % algorithm.length_multiple
+    short = Batch(**{name: part[:, :cut] for name, part in vars(batch).items()})
+    here = replace(noise(200, 5), by_position=True)
+    for long_view, short_view in zip(*(algorithm.bound(b, here, VOCAB - 1) for b in (batch, short)), strict=True):
+        for row in range(200):
+            shown = [_scored_rows(view, row) for view in (long_view, short_view)]
+            assert shown[0] == shown[1]
+
+
+def _scored_rows(view, row) -> list[tuple]:
+    """Position, target, weight and stage of the rows that carry a loss."""
+    parts = (view.positions, view.targets, view.weights, view.stage)
+    return [each for each in zip(*(part[row].tolist() for part in parts), strict=True) if each[2]]
 
 
 @METHODS

@@ -11,7 +11,7 @@ from esolm import checkpoint, journal
 from esolm import train as train_module
 from esolm.data import Loader
 from esolm.guard import Diverged
-from esolm.shards import tokenize
+from esolm.tokenizing import tokenize
 from esolm.train import learn, views_of
 from test_train import BYTES, TEXT, run_of, settings
 
@@ -35,7 +35,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, steps: set[i
     noted: dict[int, dict] = {}
     own: list[float] = []  # the weight that was overwritten, to be put back before the next step
 
-    def learn_spoiled(run, network, batch, step, levels):
+    def learn_spoiled(run, network, batch, step, levels, ranks):
         with torch.no_grad():
             if own:
                 network.embed.weight[200, 3] = own.pop()
@@ -43,7 +43,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, steps: set[i
             if kind == "weight" and step in steps:  # of an id that no text has: its gradient stays finite
                 own.append(float(network.embed.weight[200, 3]))
                 network.embed.weight[200, 3] = value
-        terms = learn(run, network, batch, step, levels)
+        terms = learn(run, network, batch, step, levels, ranks)
         if step in steps and kind == "weight":
             assert all(math.isfinite(term) for term in terms.values())
             assert all(bool(torch.isfinite(p.grad).all()) for p in network.parameters())
@@ -53,8 +53,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, kind: str, value: float, steps: set[i
             terms["diffusion"] = value
         return terms
 
-    def views_spoiled(run, batch, step):
-        views = views_of(run, batch, step)
+    def views_spoiled(run, batch, step, ranks):
+        views = views_of(run, batch, step, ranks)
         if step in steps and kind == "batch":
             next(view for view in views if view.term == "sequential").weights[1, 2] = value
         return views
@@ -109,7 +109,7 @@ def test_the_third_in_a_row_ends_the_run_and_the_checkpoints_are_from_before(tmp
 
 
 def test_weights_that_an_update_spoils_are_never_saved(tmp_path, data, monkeypatch):
-    update = train_module._State.update
+    update = train_module.State.update
 
     def update_and_spoil(state, rate):
         norm = update(state, rate)
@@ -118,7 +118,7 @@ def test_weights_that_an_update_spoils_are_never_saved(tmp_path, data, monkeypat
                 state.denoiser.head.weight[0, 0] = math.nan
         return norm
 
-    monkeypatch.setattr(train_module._State, "update", update_and_spoil)
+    monkeypatch.setattr(train_module.State, "update", update_and_spoil)
     with pytest.raises(Diverged, match=r"head\.weight is NaN"):
         run_of(tmp_path / "run", data, settings(num_steps=20, save_every=2, keep=9))
     assert checkpoint.load(tmp_path / "run").step == 2

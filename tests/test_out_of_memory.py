@@ -19,7 +19,7 @@ STARVED = """if True:
     from esolm.algorithms import EsoLM
     from esolm.data import Loader
     from esolm.denoiser import Config
-    from esolm.shards import tokenize
+    from esolm.tokenizing import tokenize
     from esolm.tokenizer import Tokenizer
 
     torch.set_num_threads(1)
@@ -116,11 +116,13 @@ FULL = STARVED.replace(
     from esolm import train as training
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     learn, free = training.learn, resource.RLIM_INFINITY
-    def learn_on_a_disk(run, network, batch, step, levels):
+    def learn_on_a_disk(run, network, batch, step, *rest):
         full = 12 <= step < 27
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else free, free))
-        return learn(run, network, batch, step, levels)
+        return learn(run, network, batch, step, *rest)
     training.learn = learn_on_a_disk
+    look = training.Saving.look
+    training.Saving.look = lambda saving: (saving._wait(), look(saving))  # so that each write ends in its own step
     try:
 """,
     1,

@@ -156,6 +156,33 @@ def test_validation_and_sampling_are_cut_short_and_a_second_interrupt_ends_at_on
     assert (folder / "twice.err").read_text().endswith("esolm: interrupted\n")
 
 
+DROPPED = """if True:
+    import os, signal, time
+    from esolm import signals
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    class Stopped:
+        def __del__(self):
+            os.kill(os.getpid(), NUMBER)  # what its handler raises here, Python drops
+            time.sleep(0.01)
+    with signals.leaving():
+        try:
+            Stopped()
+            for _ in range(100):
+                time.sleep(0.1)
+        except (KeyboardInterrupt, signals.Terminated) as error:
+            print(type(error).__name__)
+            time.sleep(0.5)  # a second interrupt would have ended the process
+            print("whole")
+"""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Terminated")])
+def test_a_signal_that_arrives_in_a_destructor_is_not_lost(number, name):
+    code = DROPPED.replace("NUMBER", str(int(number)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (f"{name}\nwhole\n", "")
+
+
 LONG_CALL = """if True:
     import hashlib, signal
     from esolm import signals

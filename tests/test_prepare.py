@@ -115,10 +115,9 @@ def test_the_tokenizer_in_the_folder_or_the_one_given_is_used(text, tmp_path):
 
 
 def test_a_vocabulary_is_learned_from_the_beginning_of_a_long_text_in_parts(monkeypatch):
-    monkeypatch.setattr(prepare, "_LEARNED_FROM", 10)
     monkeypatch.setattr(prepare, "_PART", 4)
-    assert list(prepare._beginning(iter(["abcdef", "gh", "ijklm", "never"]))) == ["abcd", "ef", "gh", "ij"]
-    assert list(prepare._beginning(iter(["ab", "c"]))) == ["ab", "c"]
+    assert list(prepare._beginning(iter(["abcdef", "gh", "ijklm", "never"]), 10)) == ["abcd", "ef", "gh", "ij"]
+    assert list(prepare._beginning(iter(["ab", "c"]), 10)) == ["ab", "c"]
 
 
 def test_tokens_that_are_there_are_used_again_even_if_the_text_is_gone(text, tmp_path):

@@ -177,6 +177,16 @@ def test_the_noise_of_a_row_is_its_own_whichever_batch_asks(seed, purpose, colum
     assert ((whole >= 0) & (whole < 1)).all()
 
 
+@QUICK
+@given(SEEDS, st.integers(1, 9), st.integers(0, 30), st.integers(0, 6), st.integers(1, 6))
+def test_noise_by_position_does_not_depend_on_how_many_columns_are_asked_for(seed, columns, more, start, rows):
+    how = {"seed": seed, "step": 3, "total": 12, "by_position": True}
+    whole = Noise(start=0, stop=12, **how).uniform(1, columns + more)
+    part = Noise(start=start, stop=start + rows, **how).uniform(1, columns)
+    assert torch.equal(part, whole[start : start + rows, :columns])
+    assert whole.unique().numel() == whole.numel()
+
+
 def test_different_keys_give_different_numbers():
     keys = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2**32,), (2**32 + 1,), (1, 1), (0, 0, 0)]
     assert len({uniforms(1, *key)[0] for key in keys}) == len(keys)

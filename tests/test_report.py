@@ -54,6 +54,16 @@ def test_a_picture_has_a_label_and_a_flag_for_each_row():
         report.Picture(name="", caption="", rows=("#.", "#"), labels=("a", "b"), masks=(True, False))
 
 
+def test_a_drawn_picture_fills_what_is_read_in_the_colour_of_the_row_that_reads():
+    picture = report.Picture(name="X & Y", caption="<all>", rows=("#.", "##"), labels=("a", "b"), masks=(False, True))
+    drawn = ElementTree.fromstring(report.drawn(picture))
+    cells = {(float(cell.get("y")), float(cell.get("x"))): cell.get("class") for cell in drawn.iter(f"{SVG}rect")}
+    assert [cells[place] for place in sorted(cells)] == ["token", "blank", "mask", "mask"]
+    letters = [(letter.text, letter.get("class")) for letter in drawn.iter(f"{SVG}text")]
+    assert letters == [("a", "token")] * 2 + [("b", "mask")] * 2
+    assert drawn.get("aria-label") == "X & Y. <all>"
+
+
 def stills(*steps: int, **options: int) -> ElementTree.Element:
     replay = report.replay_of("A text", "", PIECES, REVEALS, END)
     return ElementTree.fromstring(report.stills(replay, steps, **options))

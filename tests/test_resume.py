@@ -21,7 +21,8 @@ NURSERY = """if True:
     from esolm.algorithms import EsoLM
     from esolm.data import Loader
     from esolm.denoiser import Config
-    from esolm.shards import TokenData, tokenize
+    from esolm.shards import TokenData
+    from esolm.tokenizing import tokenize
     from esolm.tokenizer import Tokenizer
 
     torch.set_num_threads(1)
@@ -109,7 +110,11 @@ def outcome(folder: Path, name: str, total: int) -> dict[str, object]:
         step, batch, terms = json.loads(line)
         steps[step] = (batch, terms)  # of steps that were done again the later
     figures = ("loss", "rate", "norm", "validation", "validation_error")
-    log = [{k: e[k] for k in ("step", *figures) if k in e} for e in journal.read(folder / name) if "event" not in e]
+    log = [
+        {k: e[k] for k in ("step", *figures) if k in e}
+        for e in journal.read(folder / name)
+        if not {"event", "name"} & e.keys()
+    ]
     tensors = {f"model.{k}": v for k, v in saved.model.items()} | {f"ema.{k}": v for k, v in (saved.ema or {}).items()}
     return {"tensors": tensors | saved.optim, "steps": steps, "log": log}
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_sealed_folder_passes_and_gives_its_manifest(folder):
     manifest = check(folder)
     assert manifest["step"] == 7 and list(manifest["files"]) == ["a.safetensors", "b.json", "inner/c.txt"]
     assert manifest["files"]["inner/c.txt"] == {"size": 1, "sha256": hashlib.sha256(b"c").hexdigest()}
+
+
+def test_where_there_is_no_room_for_a_thread_a_folder_is_sealed_and_checked_without(folder, monkeypatch):
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    before = (folder / "manifest.json").read_bytes()
+    seal.seal(folder, ["a.safetensors", "b.json", "inner/c.txt"], step=7)
+    assert (folder / "manifest.json").read_bytes() == before and check(folder)["step"] == 7
+    (folder / "b.json").write_text("[]\n")
+    with pytest.raises(SealError, match=r"b\.json"):
+        check(folder)
 
 
 def test_the_last_line_of_a_manifest_is_the_digest_of_the_lines_before(folder):

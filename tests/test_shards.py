@@ -2,7 +2,11 @@
 
 import errno
 import io
-import itertools
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,14 @@ from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from esolm import shards as module
+from esolm import seal, shards
 from esolm import tokenizer as tokenizer_module
+from esolm import tokenizing as module
 from esolm.corpus import DataError, Meter
-from esolm.shards import TokenData, tokenize, tokenize_pairs
+from esolm.shards import TokenData
 from esolm.tokenizer import Tokenizer
+from esolm.tokenizing import tokenize, tokenize_pairs
+from test_data import numbered
 
 BYTES = Tokenizer.bytes()
 TEXTS = ["first text", "the second", "x", "a fourth, longer than the others"]
@@ -57,13 +64,8 @@ def test_groups_of_documents_are_large_or_one_document_and_lose_none(monkeypatch
     assert [len(group) for group in groups] == [2, 2] and [*groups[0], *groups[1]] == records
 
 
-def numbered(sizes: list[int]) -> TokenData:
-    """Documents whose tokens are 0, 1, 2 ..., none twice, so that a token says where it comes from."""
-    ends = np.cumsum(sizes)
-    spans = np.stack((ends - sizes, ends - sizes, ends), axis=1)
-    shards = [np.arange(ends[-1])[: ends[0] + 1], np.arange(ends[-1])[ends[0] + 1 :]]  # a document lies in both
-    size = int(ends[-1])
-    return TokenData(shards=shards, spans=spans, end_id=size, vocab_size=size + 2, tokenizer_digest="")
+def spans(data: TokenData) -> list[list[int]]:
+    return data.spans(np.arange(data.num_documents)).tolist()
 
 
 @given(sizes=st.lists(st.integers(1, 40), min_size=2, max_size=30), share=st.floats(0.01, 0.99), seed=st.integers(0, 9))
@@ -71,15 +73,15 @@ def numbered(sizes: list[int]) -> TokenData:
 def test_documents_are_split_whole_near_the_share_and_always_in_the_same_way(sizes, share, seed):
     data = numbered(sizes)
     learned, held_out = data.split(share, seed=seed)
-    assert sorted(learned.spans.tolist() + held_out.spans.tolist()) == data.spans.tolist()
+    assert sorted(spans(learned) + spans(held_out)) == spans(data)
     assert learned.num_documents and held_out.num_documents
     assert abs(held_out.num_tokens - share * sum(sizes)) <= max(sizes)
-    assert data.split(share, seed=seed)[1].spans.tolist() == held_out.spans.tolist()
+    assert spans(data.split(share, seed=seed)[1]) == spans(held_out)
 
 
 def test_another_seed_holds_out_other_documents():
     data = numbered([5] * 40)
-    assert data.split(0.2, seed=0)[1].spans.tolist() != data.split(0.2, seed=1)[1].spans.tolist()
+    assert spans(data.split(0.2, seed=0)[1]) != spans(data.split(0.2, seed=1)[1])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
@@ -126,16 +128,85 @@ def test_documents_are_not_taken_for_pairs(tmp_path, tokens):
         tokenize_pairs([("a", "b")], BYTES, tmp_path / "data")
 
 
-def test_of_two_that_tokenize_the_same_text_the_second_takes_what_the_first_made(tmp_path):
-    def meanwhile():
-        tokenize(TEXTS[:1], BYTES, tmp_path / "data")
-        yield "late"
+def test_of_two_that_tokenize_the_same_text_the_second_waits_and_takes_what_the_first_made(tmp_path):
+    waiting: list[threading.Thread] = []
+    taken: list[TokenData] = []
 
-    with pytest.MonkeyPatch.context() as patch:
-        pids = itertools.count()  # one process of its own for each
-        patch.setattr(module.os, "getpid", lambda: next(pids))
-        assert stream(tokenize(meanwhile(), BYTES, tmp_path / "data")) == [*b"first text", 256]
+    def first():
+        yield "first text"
+        second = threading.Thread(target=lambda: taken.append(tokenize(never(), BYTES, tmp_path / "data")))
+        second.start()
+        second.join(0.2)
+        waiting.append(second)
+        assert second.is_alive() and not taken
+
+    def never():
+        raise AssertionError("read again")
+        yield
+
+    tokenize(first(), BYTES, tmp_path / "data")
+    waiting[0].join(60)
+    assert stream(taken[0]) == [*b"first text", 256]
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+MANY = [f"{n}. a text of some length" for n in range(400)]
+TOKENIZE = """if True:
+    import os, signal, sys
+    from pathlib import Path
+    from esolm.tokenizer import Tokenizer
+    from esolm import tokenizing
+    tokenizing._GROUP = 100
+    def texts():
+        for n in range(400):
+            if n == int(sys.argv[2]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield f"{n}. a text of some length"
+    tokenizing.tokenize(texts(), Tokenizer.bytes(), Path(sys.argv[1]), fingerprint="1", shard_tokens=1000)
+"""
+
+
+def test_what_is_killed_goes_on_with_the_shards_that_are_whole_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    tokenize(MANY, BYTES, tmp_path / "straight", fingerprint="1", shard_tokens=1000)
+    for killed in (150, 300):
+        command = [sys.executable, "-c", TOKENIZE, str(tmp_path / "data"), str(killed)]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert not (tmp_path / "data").exists()
+    encoded: list[str] = []
+    encode = Tokenizer.encode_arrays
+
+    def counted(self, texts, dtype):
+        encoded.extend(texts := list(texts))
+        return encode(self, texts, dtype)
+
+    monkeypatch.setattr(Tokenizer, "encode_arrays", counted)
+    tokenize(MANY, BYTES, tmp_path / "data", fingerprint="1", shard_tokens=1000)
+    assert contents(tmp_path / "data") == contents(tmp_path / "straight")
+    assert len(encoded) < 2 * 160  # a prompt and a text each
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "straight"]
+    TokenData.open(tmp_path / "data", digests=True)
+
+
+@pytest.mark.parametrize("change", ["text", "flip", "table"])
+def test_an_earlier_try_of_another_text_or_with_a_damaged_shard_is_not_gone_on_with(tmp_path, change):
+    command = [sys.executable, "-c", TOKENIZE, str(tmp_path / "data"), "300"]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    making = tmp_path / ".making-data"
+    if change == "flip":
+        content = bytearray((making / "tokens-00001.bin").read_bytes())
+        content[7] ^= 1
+        (making / "tokens-00001.bin").write_bytes(content)
+    if change == "table":
+        (making / "documents.npy").write_bytes((making / "documents.npy").read_bytes()[:200])
+    texts = [text.upper() for text in MANY] if change == "text" else MANY
+    mark = "2" if change == "text" else "1"
+    tokenize(texts, BYTES, tmp_path / "data", fingerprint=mark, shard_tokens=1000)
+    tokenize(texts, BYTES, tmp_path / "straight", fingerprint=mark, shard_tokens=1000)
+    assert contents(tmp_path / "data") == contents(tmp_path / "straight")
 
 
 def test_the_folder_holds_the_tokenizer_too(tmp_path, tokens):
@@ -167,13 +238,45 @@ def test_damage_that_keeps_the_size_is_found_where_it_would_be_read(tmp_path, to
         TokenData.open(tmp_path / "data")
 
 
-def test_documents_that_do_not_fill_the_tokens_are_found(tmp_path, tokens):
+def test_documents_that_do_not_fill_the_tokens_are_found_at_once_or_where_they_are_read(tmp_path, tokens):
     path = tmp_path / "data" / "documents.npy"
     spans = np.load(path)
-    spans[1, 0] -= 1
+    for row, column, value in ((3, 2, 1), (0, 0, 1)):
+        damaged = spans.copy()
+        damaged[row, column] += value
+        np.save(path, damaged)
+        with pytest.raises(DataError, match="do not fill the tokens"):
+            TokenData.open(tmp_path / "data")
+    spans[1] = 10**6
     np.save(path, spans)
+    data = TokenData.open(tmp_path / "data")
+    assert len(data.document(0))
     with pytest.raises(DataError, match="do not fill the tokens"):
-        TokenData.open(tmp_path / "data")
+        data.document(1)
+    with pytest.raises(DataError, match="do not fill the tokens"):
+        data.split(0.5)
+
+
+def test_all_documents_are_checked_when_asked_for(tmp_path, tokens):
+    """Also where the digests are those of the damage."""
+    folder = tmp_path / "data"
+    spans = np.load(folder / "documents.npy")
+    spans[1, 0] -= 1
+    np.save(folder / "documents.npy", spans)
+    seal.seal(folder, sorted(path.name for path in folder.iterdir() if path.name != "manifest.json"), step=0)
+    TokenData.open(folder)
+    with pytest.raises(DataError, match="do not fill the tokens"):
+        TokenData.open(folder, digests=True)
+
+
+def test_documents_beyond_four_thousand_are_split_in_runs_without_reading_their_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_RUNS", 8)
+    data = numbered([3, 1, 4, 1, 5, 9, 2, 6] * 20)
+    learned, held_out = data.split(0.25, seed=1)
+    assert sorted(spans(learned) + spans(held_out)) == spans(data) and len(held_out.parts) == 2
+    for part in (learned, held_out):
+        assert stream(part) == part.stream(0, part.num_tokens).tolist()
+        assert part.stream(part.num_tokens - 2, 5).tolist() == (stream(part) * 2)[part.num_tokens - 2 :][:5]
 
 
 def test_a_token_that_is_no_text_is_found_when_it_is_read(tmp_path, tokens):
@@ -192,17 +295,21 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path, tokens):
         TokenData.open(tmp_path / "data", digests=True)
 
 
-def test_an_interrupted_or_failed_tokenization_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_or_failed_tokenization_leaves_nothing_or_what_the_next_goes_on_with(tmp_path, monkeypatch):
     def broken():
         yield "text"
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         tokenize(broken(), BYTES, tmp_path / "data")
-    monkeypatch.setattr(module.np, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module.seal, "seal", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(OSError, match="full"):
         tokenize(TEXTS, BYTES, tmp_path / "data")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "data").exists()
+    monkeypatch.undo()
+    assert stream(tokenize(TEXTS, BYTES, tmp_path / "data"))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_nothing_to_tokenize_is_said(tmp_path):

@@ -15,8 +15,8 @@ from esolm.algorithms.algorithm import Request
 from esolm.data import Loader
 from esolm.denoiser import Denoiser
 from esolm.noise import Noise
-from esolm.shards import tokenize
 from esolm.tally import Levels, Tally
+from esolm.tokenizing import tokenize
 from test_train import BYTES, NETWORK, TEXT, run_of, settings
 
 

@@ -1,6 +1,7 @@
 """Training: a resumed run is the same run, micro batches change nothing, Ctrl-C saves, and mistakes are named."""
 
 import io
+import math
 import os
 import signal
 from dataclasses import replace
@@ -15,11 +16,11 @@ from esolm import train as train_module
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
 from esolm.algorithms.algorithm import Batch
 from esolm.data import Loader
-from esolm.denoiser import Config, Denoiser, _Dropout
+from esolm.denoiser import Block, Config, Denoiser, _Dropout
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
-from esolm.shards import tokenize, tokenize_pairs
 from esolm.tokenizer import Tokenizer
+from esolm.tokenizing import tokenize, tokenize_pairs
 from esolm.train import Run, learn, train
 
 BYTES = Tokenizer.bytes()
@@ -94,6 +95,28 @@ def test_the_size_of_a_micro_batch_changes_no_gradient(loader, algorithm):
             assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_changes_no_bit_of_any_gradient(loader, dropout):
+    """The inside of a block drops the same numbers when it is computed again; two micro batches, two layers."""
+    batch, gradients = loader.batch(0, 0, 8, 8), []
+    for again in (False, True):
+        network = Denoiser(replace(NETWORK, dropout=dropout, layers=2), torch.Generator().manual_seed(0))
+        network.recompute = again
+        learn(settings(network=network.config, micro_batch=4), network, batch, 0)
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(network.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
+
+
+def test_a_run_recomputes_and_compiles_where_it_is_told(monkeypatch):
+    """Compiling itself takes minutes on a CPU."""
+    compiled: list[dict[str, object]] = []
+    monkeypatch.setattr(Block, "compile", lambda block, **options: compiled.append(options))
+    for told in (False, True):
+        state = train_module.State(settings(recompute=told, compile=told), BYTES, torch.device("cpu"), None)
+        assert state.denoiser.recompute == told and compiled == ([{"dynamic": True}] if told else [])
+
+
 def test_dropout_differs_from_step_to_step_and_seed_to_seed_and_touches_no_global_state(loader):
     batch, before = loader.batch(0, 0, 8, 8), torch.get_rng_state()
     network = Denoiser(replace(NETWORK, dropout=0.5), torch.Generator().manual_seed(0))
@@ -146,11 +169,11 @@ def test_pairs_are_trained_on(tmp_path):
 def test_a_first_interrupt_saves_and_the_run_goes_on_from_there(tmp_path, loader, monkeypatch):
     steps = []
 
-    def learn_and_interrupt(run, network, batch, step, levels):
+    def learn_and_interrupt(run, network, batch, step, *rest):
         steps.append(step)
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return learn(run, network, batch, step, levels)
+        return learn(run, network, batch, step, *rest)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train_module, "learn", learn_and_interrupt)
@@ -162,6 +185,34 @@ def test_a_first_interrupt_saves_and_the_run_goes_on_from_there(tmp_path, loader
     assert run_of(tmp_path / "run", loader, settings(), resume=True).step == 8
 
 
+def test_bits_a_byte_are_of_the_text_that_was_validated(tmp_path):
+    """End-of-text costs nats and has no byte; letters of two bytes are cut by windows."""
+    data = Loader(tokenize(["né é" * 3] * 40, BYTES, tmp_path / "short"), length=16)
+    run_of(tmp_path / "run", data, settings(num_steps=2))
+    found = checkpoint.load(tmp_path / "run").for_readers().state
+    tokens = next(data.windows(8)).tokens
+    num_bytes = int((tokens < BYTES.end_id).sum())
+    assert 0 < num_bytes < tokens.numel()
+    assert found["bits_per_byte"] == pytest.approx(found["validation"] * tokens.numel() / num_bytes / math.log(2))
+
+
+def test_the_best_checkpoint_by_validation_stays_and_a_resumed_run_knows_it(tmp_path, loader, monkeypatch):
+    values = iter([5.0, 3.0, 4.0, 4.5, 4.25])
+    scored = train_module.inspection.validation
+
+    def validation(*arguments):
+        return replace(scored(*arguments), nats_per_token=next(values))
+
+    monkeypatch.setattr(train_module.inspection, "validation", validation)
+    run = settings(num_steps=3, save_every=1, validate_every=1, keep=1)
+    run_of(tmp_path / "run", loader, run)
+    assert [path.name for path in (sorted((tmp_path / "run").glob("step-*")))] == ["step-000000002", "step-000000003"]
+    run_of(tmp_path / "run", loader, replace(run, num_steps=5), resume=True)
+    assert checkpoint.best(tmp_path / "run") == tmp_path / "run" / "step-000000002"
+    assert checkpoint.load(tmp_path / "run").state["validation"] == 4.25
+    assert len(list((tmp_path / "run").glob("step-*"))) == 2
+
+
 def test_time_that_is_up_ends_a_run_and_saves(tmp_path, loader):
     outcome = run_of(tmp_path / "run", loader, settings(num_steps=10**6, minutes=0.02))
     assert 0 < outcome.step < 10**6
@@ -170,7 +221,7 @@ def test_time_that_is_up_ends_a_run_and_saves(tmp_path, loader):
 
 def test_another_run_continues_from_the_averaged_weights(tmp_path, loader):
     first = run_of(tmp_path / "first", loader, settings())
-    state = train_module._State(settings(algorithm=AR()), BYTES, torch.device("cpu"), None)
+    state = train_module.State(settings(algorithm=AR()), BYTES, torch.device("cpu"), None)
     state.take_weights(first.path)
     ema = checkpoint.load(first.path).ema
     assert ema is not None

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from esolm import checkpoint, corpus, demo, evaluate, prepare, recipes, train
+    from esolm import checkpoint, corpus, demo, evaluate, prepare, recipes, shards, share, train
     from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
     from esolm.denoiser import Config, Denoiser
     from esolm.model import Model, load
@@ -39,6 +39,8 @@ __all__ = [
     "load",
     "prepare",
     "recipes",
+    "shards",
+    "share",
     "train",
 ]
 __version__ = "0.1.0"
@@ -51,7 +53,7 @@ _HOMES = {
     "Tokenizer": "esolm.tokenizer",
     "Run": "esolm.train",
 }
-_MODULES = ("checkpoint", "corpus", "demo", "evaluate", "prepare", "recipes", "train")
+_MODULES = ("checkpoint", "corpus", "demo", "evaluate", "prepare", "recipes", "shards", "share", "train")
 
 
 def __getattr__(name: str) -> Any:

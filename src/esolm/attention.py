@@ -6,10 +6,11 @@ Every row of the network's input has a stage (when it is written) and is public 
 row is private and of stage `PADDING`, so that no other row reads it. It projects nothing and caches nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -40,12 +41,16 @@ def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask, tiles."""
+    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask, tiles.
+
+    `counts`, if known: how many of each text's rows are real; what comes out for those behind them is never looked at.
+    """
 
     causal: bool = False
     mask: Bool[Tensor, "batch 1 row key"] | None = None
     blocks: Any = None
     tiles: tuple[Tile, ...] | None = None
+    counts: np.ndarray | None = field(default=None, compare=False)
 
     def reading(self, wanted: Bool[Tensor, "row"]) -> "Relation":
         """The same, with leave to skip what only unwanted rows read."""

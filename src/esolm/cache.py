@@ -42,6 +42,11 @@ class Cache:
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
+    @property
+    def used(self) -> int:
+        """Slots in use: those kept and those placed for this pass."""
+        return self._used
+
     def place(self, rows: int) -> None:
         """Give the next `rows` rows of every text the slots behind what it holds."""
         first, most = int(self.lengths.min()), int(self.lengths.max())

@@ -51,6 +51,13 @@ def capability() -> str:
     return " ".join(words)
 
 
+def now(device: torch.device) -> float:
+    """The time, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def bandwidth(megabytes: int = 256) -> float:
     """Bytes a second of a copy too large for any cache, reading and writing counted."""
     source = torch.ones(megabytes * 2**18)

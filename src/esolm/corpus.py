@@ -63,7 +63,7 @@ def documents(
             found = True
             yield text
     if not found:
-        raise DataError(f"there is no text in {source}: every document is empty")
+        raise DataError(f"there is no text in {source}: every document is empty; give one that has words")
 
 
 def pairs(
@@ -77,6 +77,15 @@ def pairs(
             yield question, reply
     if not found:
         raise DataError(f"there is no answer in {source}: every one is empty")
+
+
+def extras(source: str | Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """What each JSON record of a source says under `names`, whatever it is; nothing of other forms. DataError."""
+    for path in () if _is_named(source) else _paths(Path(source)):
+        with _named(path), _opened(path) as (_, file):
+            if (kind := _kind(path)) in _JSON:
+                for _, record in _json(file, path, array=kind == ".json"):
+                    yield {name: record[name] for name in names if isinstance(record, dict) and name in record}
 
 
 SHIPPED = {
@@ -144,7 +153,7 @@ def _records(
 
 def _of_file(file: _Reader, path: Path, names: tuple[str, ...], separator: str | None) -> Iterator[tuple[str, ...]]:
     """The records of one file, whose form its name tells."""
-    kind = next((end.lower() for end in reversed(path.suffixes) if end.lower() not in (*_PACKED, ".zst")), "")
+    kind = _kind(path)
     if kind == ".parquet":
         yield from _parquet(file, path, names)
     elif kind in _JSON:
@@ -154,6 +163,11 @@ def _of_file(file: _Reader, path: Path, names: tuple[str, ...], separator: str |
         raise DataError(f"{path} is plain text; prompts and answers come as JSON lines or Parquet")
     else:
         yield from ((text,) for text in _separated(_decoded(file, path), separator))
+
+
+def _kind(path: Path) -> str:
+    """The ending of a file's name, whatever packs it."""
+    return next((end.lower() for end in reversed(path.suffixes) if end.lower() not in (*_PACKED, ".zst")), "")
 
 
 def _is_named(source: str | Path) -> bool:
@@ -168,7 +182,7 @@ def _paths(path: Path) -> list[Path]:
         if path.is_dir():
             found = sorted(_below(path))
             if not found:
-                raise DataError(f"there is no file in the folder {path}")
+                raise DataError(f"there is no file in the folder {path}: give one that holds texts")
             return found
         if path.exists():
             raise DataError(f"{path} is neither a file nor a folder: put the text into a file, which can be read twice")
@@ -328,6 +342,8 @@ def _data_set(name: str, names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         import datasets
     except ImportError:
         raise DataError(f"{_HUB}{name} needs the datasets library: pip install 'esolm[data]'") from None
+    if not name:
+        raise DataError(f"{_HUB} names no data set: give {_HUB}NAME, as in {_HUB}roneneldan/TinyStories")
     title, config, split = (name, "", "") if Path(name).exists() else [*name.split(":", 2), "", ""][:3]
     try:
         stream = datasets.load_dataset(title, config or None, split=split or "train", streaming=True)
@@ -347,7 +363,9 @@ def _fields(record: Any, names: tuple[str, ...], place: str) -> tuple[str, ...]:
     for name in names:
         if name not in record:
             known = [str(key) for key in record]
-            raise DataError(f"{place} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+            raise DataError(
+                f"{place} has no field {name!r}{nearest(name, known)}; it has {', '.join(known)}: name the right one"
+            )
         value = "" if record[name] is None else record[name]
         if not isinstance(value, str):
             raise DataError(f"field {name!r} of {place} is {type(value).__name__}, not text")

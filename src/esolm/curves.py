@@ -30,7 +30,7 @@ def check(path: Path) -> None:
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install 'esolm[plot]'") from None
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+        raise ValueError(f"a picture must end in {', '.join(_FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the picture: make it first")
 
@@ -60,6 +60,33 @@ def draw(histories: Sequence[History], path: Path) -> None:
     else:
         figure.suptitle(str(histories[0].folder), fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def plain_log(axes: "Axes", values: Sequence[float]) -> None:
+    """A logarithmic axis over values, with few ticks in plain numbers."""
+    low, high = min(values), max(values)
+    room = max(0.02, 0.06 * math.log(high / low))
+    low, high = low * math.exp(-room), high * math.exp(room)
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    axes.set_yticks(ticks(low, high))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.tick_params(axis="y", which="minor", length=0)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to nine round values between two, evenly spread by ratio where they lie far apart."""
+    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        span = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [step * 10.0**power for power in span for step in steps]
+        found = [value for value in found if low <= value <= high]
+        if len(found) >= 4:
+            return found[:: math.ceil(len(found) / 9)]
+    size = (high - low) / 5
+    unit = 10.0 ** math.floor(math.log10(size))
+    step = unit * next(times for times in (1, 2, 5, 10) if times * unit >= size)
+    return [step * number for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _losses(axes: "Axes", histories: Sequence[History]) -> None:
@@ -199,10 +226,7 @@ def _log_if_wide(axes: "Axes") -> None:
     lines: list[Any] = list(axes.lines)
     values = [float(v) for line in lines for v in line.get_ydata() if math.isfinite(v)]
     if values and min(values) > 0 and max(values) > _MANY_TIMES * min(values):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        plain_log(axes, values)
 
 
 def _legend(axes: "Axes", *shown: tuple[str, dict[str, Any]]) -> None:

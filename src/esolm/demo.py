@@ -1,4 +1,5 @@
-"""The demonstration: train a small Eso-LM (B) on Shakespeare, watch it write and fill gaps, leave a page to open.
+"""The demonstration: train a small Eso-LM (B) on Shakespeare, watch it write and fill gaps, leave a page to open. While
+there is none yet, the model that comes along writes first.
 
 Everything it does is a call that a user can make: `prepare`, `train`, `load`, `write`, `report.write`. Run again in the
 same folder it goes on from what is there.
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from esolm import calibrate, checkpoint, exhibits, journal, prepare, recipes, report, sample
+from esolm import calibrate, checkpoint, exhibits, journal, prepare, recipes, report, sample, shipped
 from esolm.algorithms import Algorithm, EsoLM, Request
 from esolm.data import Loader
 from esolm.denoiser import Denoiser
@@ -31,6 +32,7 @@ METHOD = EsoLM(variant="B", alpha_0=0.125, batch_split=0.25)  # diffusion writes
 SOURCE = prepare.Source(data="shakespeare")
 PROMPT = "KING RICHARD.\nNow is the winter"  # speakers as most of the plays print them
 GAP = "HAMLET.\nTo be, or ________, that is the question:\nWhether 'tis nobler in the mind to ________________\n"
+_FIRST = shipped.MODELS[0]
 _NUM_STEPS, _TEMPERATURE, _TOP_P = 12, 0.7, 0.9  # of the texts shown
 _OVERHEAD = 1.06  # of a run over its steps: validation, checkpoints, the journal
 _ALLOWED = 1.25  # a run may take this much longer than planned before it is stopped
@@ -62,6 +64,10 @@ def run(
     console = console or Console()
     began = time.monotonic()
     folder, again = out / "run", f"esolm demo --out {shlex.quote(str(out))}"
+    if not folder.is_dir():
+        _say(console, f"First, a model that comes along writes ({_FIRST}); then one of your own is trained")
+        ready = load(_FIRST)
+        _shown(ready, _request(ready, seed), console, slower=0.02)
     outcome = _trained(folder, source, recipe, vocab_size, minutes=minutes, seed=seed, console=console)
     if outcome is not None and outcome.interrupted:
         _tell(console, f"\nStopped at step {outcome.step:,} and saved. Go on with: {again}")
@@ -90,13 +96,15 @@ def _trained(
 ) -> Outcome | None:
     """Train in the folder, or go on there; None if it is done already."""
     if folder.is_dir() and checkpoint.newest(folder) is not None:
-        settings, source = prepare.resumed(folder)
+        settings, found = prepare.resumed(folder)
+        if not isinstance(found, prepare.Source):
+            raise ValueError(f"the run in {folder} is not a demonstration: choose another folder")
         step = checkpoint.load(folder, optimizer=False).step
         if step >= settings.num_steps:
             _say(console, f"The model in {folder} is trained: it is used again. Remove the folder to train another")
             return None
         _say(console, f"Going on with the run in {folder}, at step {step:,} of {settings.num_steps:,} (Ctrl-C saves)")
-        return _train(settings, folder, prepare.prepare(source, folder, console=console), source, console, resume=True)
+        return _train(settings, folder, prepare.prepare(found, folder, console=console), found, console, resume=True)
     (folder / journal.FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
     _say(console, "Reading Shakespeare: learning a vocabulary, turning text into tokens")
     text = prepare.prepare(source, folder, vocab_size=vocab_size, console=console)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 _BLOCK, _LARGEST_BLOCK = 256, 2048  # ids summed together: the two levels cost vocab / block and block float64 additions
+NOTHING_TO_DRAW = "a row of logits has NaN or no token left to draw: check the model's weights"
 _CANDIDATES = 512  # ids that top-p looks at before it sorts the whole row
 
 
@@ -38,6 +39,11 @@ class Draw:
             problems.append(f"top_p must lie in (0, 1], got {self.top_p}: 1 keeps every token")
         if problems:
             raise ValueError("; ".join(problems))
+
+    @property
+    def plain(self) -> bool:
+        """Is a token drawn from all ids, at some temperature?"""
+        return self.temperature > 0 and self.top_k is None and self.top_p == 1
 
 
 def draw_rows(
@@ -63,7 +69,7 @@ def draw(logits: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"], op
         return logits.argmax(-1)
     if options.temperature != 1:
         logits = logits / options.temperature
-    if options.top_k is None and options.top_p == 1:
+    if options.plain:
         return _categorical(torch.softmax(logits, -1), uniform)
     kept, ids = _likeliest(logits, options)
     return ids.gather(1, _categorical(kept, uniform)[:, None])[:, 0]
@@ -81,7 +87,7 @@ def _categorical(weights: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "
     sums = blocks.sum(-1, dtype=torch.float64).cpu().numpy()
     total = sums.cumsum(1)
     if not (total[:, -1] > 0).all():  # NaN and an empty row both fail this
-        raise ValueError("a row of logits has NaN or no token left to draw: check the model's weights")
+        raise ValueError(NOTHING_TO_DRAW)
     row, goal = np.arange(rows), uniform.cpu().numpy() * total[:, -1]
     block = _search(total, goal)
     inside = blocks[row, torch.from_numpy(block)].double().cpu().numpy()

@@ -22,7 +22,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from esolm import likelihood, plain
+from esolm import likelihood, plain, records
+from esolm.algorithms import EsoLM
 from esolm.algorithms.algorithm import Algorithm, Batch
 from esolm.inference import Network, describe
 from esolm.likelihood import Estimate, Kind
@@ -39,7 +40,8 @@ _BOOTSTRAP = 20  # purpose of its random numbers
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One measure of one model. `interval` has the nats a token of 95 of 100 collections of such documents (bootstrap);
-    None for a single document. `conditional` says what a masked row reads in it: see docs/ARCHITECTURE.md."""
+    None for a single document. `conditional` says what a masked row reads in it: see docs/ARCHITECTURE.md. Models of
+    the Eso-LM kind have a `variant` and an `alpha_0`."""
 
     name: str
     method: str
@@ -49,6 +51,8 @@ class Row:
     context: int = 0
     num_documents: int = 1
     interval: tuple[float, float] | None = None
+    variant: str | None = None
+    alpha_0: float | None = None
 
     def values(self) -> dict[str, Any]:
         """Plain figures, for JSON; None for what one text or one draw cannot tell."""
@@ -56,6 +60,7 @@ class Row:
         return {
             "name": self.name,
             "method": self.method,
+            "alpha_0": self.alpha_0,
             "kind": found.kind,
             "conditional": self.conditional,
             "nats_per_token": found.nats_per_token,
@@ -110,9 +115,9 @@ def evaluate(
     rows = []
     for kind, numbers in plans:
         measure = _Measure(network=network, kind=kind, samples=numbers[-1], seed=seed)
-        records = None if scores is None else Records(scores, "scores", _key(model, measure, windows, as_written))
-        with records or nullcontext(), Progress(console=console, transient=True) as bar:
-            each = _scored(model, measure, windows, records, bar, f"{name} · {kind}")
+        kept = None if scores is None else Records(scores, "scores", _key(model, measure, windows, as_written))
+        with kept or nullcontext(), Progress(console=console, transient=True) as bar:
+            each = _scored(model, measure, windows, kept, bar, f"{name} · {kind}")
         rows += [
             Row(
                 name=name,
@@ -123,6 +128,8 @@ def evaluate(
                 context=context,
                 num_documents=len({window.document for window in windows}),
                 interval=_interval(kind, each[:, :number], windows, seed),
+                variant=model.algorithm.variant if isinstance(model.algorithm, EsoLM) else None,
+                alpha_0=model.algorithm.alpha_0 if isinstance(model.algorithm, EsoLM) else None,
             )
             for number in numbers
         ]
@@ -148,10 +155,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def keep(rows: Sequence[Row], folder: Path) -> None:
-    """Write the table to `table.md`, and all figures to `table.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
-    (folder / "table.json").write_text(plain.render([row.values() for row in rows]), encoding="utf-8")
+    """Write the table to `table.md`, and all figures to `table.json`, in place of those of fewer rows."""
+    records.keep_table(folder, markdown(rows), [row.values() for row in rows])
 
 
 _COLUMNS = ("model", "measure", "nats/token", "±", "95 % of texts", "± draws", "perplexity", "bits/byte", "tokens")
@@ -232,10 +237,10 @@ def _bytes_of(model: Model, window: _Window) -> int:
 
 
 def _scored(
-    model: Model, measure: _Measure, windows: Sequence[_Window], records: Records | None, bar: Progress, told: str
+    model: Model, measure: _Measure, windows: Sequence[_Window], kept: Records | None, bar: Progress, told: str
 ) -> Float64[Tensor, "text sample"]:
-    """Nats of every window under every draw; what `records` has already is taken from there."""
-    found = [] if records is None else [list(map(float, entry["nats"])) for entry in records.entries]
+    """Nats of every window under every draw; what is `kept` already is taken from there."""
+    found = [] if kept is None else [list(map(float, entry["nats"])) for entry in kept.entries]
     task = bar.add_task(told, total=len(windows), completed=len(found))
     for at in range(len(found), len(windows), _AT_ONCE):
         part = windows[at : at + _AT_ONCE]
@@ -243,11 +248,12 @@ def _scored(
         drawn = likelihood.draws(
             measure.network, model.algorithm, _batch(model, part), noise, measure.kind, measure.samples
         )
+        sound = int(drawn.isfinite().all(1).long().cumprod(0).sum())  # windows before the first that is not
+        if kept is not None:
+            for window, nats in zip(part[:sound], drawn[:sound].tolist(), strict=True):
+                kept.add({"document": window.document, "tokens": len(window.tokens) - window.given, "nats": nats})
         likelihood.refuse_not_finite(drawn, at)
         found += drawn.tolist()
-        if records is not None:
-            for window, nats in zip(part, drawn.tolist(), strict=True):
-                records.add({"document": window.document, "tokens": len(window.tokens) - window.given, "nats": nats})
         bar.advance(task, len(part))
     return torch.tensor(found, dtype=torch.float64)
 
@@ -302,5 +308,6 @@ def _key(model: Model, measure: _Measure, windows: Sequence[_Window], as_written
         "kind": measure.kind,
         "samples": measure.samples,
         "seed": measure.seed,
+        "draws": "by position",  # before, they depended on the padding: scores of both kinds must not mix
         "products": describe(model.writer) if as_written else "float32",
     }

@@ -50,9 +50,9 @@ def _eso(variant: str, *alphas: float) -> list[Member]:
 MEMBERS: tuple[Member, ...] = (
     Member(name="ar", model="ar"),
     Member(name="mdlm", model="mdlm"),
+    *_eso("b", 0.0, 0.0625, 0.125, 0.25, 0.5, 1.0),
     *(Member(name=f"bd3lm-{size}", model="bd3lm", block_size=size) for size in (4, 8, 16)),
-    *_eso("b", 1.0, 0.5, 0.25, 0.125, 0.0625, 0.0),
-    *_eso("a", 1.0, 0.5, 0.25, 0.125, 0.0625),
+    *_eso("a", 0.0625, 0.125, 0.25, 0.5, 1.0),
 )
 
 
@@ -62,7 +62,7 @@ def train(
     workers: int = 2,
     members: Sequence[Member] = MEMBERS,
     settings: Sequence[str] = (),
-    vocab_size: int = 4096,
+    vocab_size: int = 2048,
     console: Console | None = None,
 ) -> None:
     """Train the members that are not trained yet, `workers` at a time, the processor's threads shared among them.

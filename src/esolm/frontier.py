@@ -59,7 +59,7 @@ class Point:
 
     def values(self) -> dict[str, Any]:
         """Plain figures, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "quality": self.quality.values()}
 
 
 def settings_of(
@@ -91,9 +91,12 @@ def measure(
     seed: int = 0,
     console: Console | None = None,
 ) -> Point:
-    """Write `num` texts, `batch` together, and have them judged; with `real` texts, MAUVE too. `folder` keeps all."""
+    """Write `num` texts, `batch` together, and have them judged; with `real` texts, MAUVE too. `folder` keeps all.
+    ValueError, before anything is written, where MAUVE cannot be had."""
     if min(num, batch) < 1:
         raise ValueError(f"num and batch must be at least 1, got {num} and {batch}")
+    if real is not None:
+        quality.refuse_mauve(num, num)
     entries = _written(model, setting, name, folder, num, batch, seed, console)
     texts = [text for entry in entries for text in entry["texts"]]
     against = None if real is None else quality.pieces(real, texts)
@@ -108,7 +111,16 @@ def measure(
         nfe=statistics.fmean(nfe for entry in entries for nfe in entry["nfe"]),
         seconds=statistics.median(entry["seconds"] / len(entry["texts"]) for entry in entries),
         machine=_machine(model),
-        quality=judges.measured(judge, texts, name=name, real=against, seed=seed, folder=folder, console=console),
+        quality=judges.measured(
+            judge,
+            texts,
+            name=name,
+            drawn={"seed": seed, "top_p": setting.top_p, "temperature": setting.temperature},
+            real=against,
+            seed=seed,
+            folder=folder,
+            console=console,
+        ),
     )
 
 

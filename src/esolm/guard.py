@@ -1,11 +1,12 @@
 """What must not reach an update: weights, batches, losses and gradients that are not finite; the first is named.
 
-    weights -> batch -> loss -> gradients (optim.Optimizer.clip)        before anything is changed
+    weights -> batch -> loss -> gradients (optim.Optimizer.clip)        before anything is changed, on every rank
 
 A weight may be NaN while its gradient is finite (a row of the embedding that no text of the batch uses), so weights are
 looked at in every step: one norm a tensor. It repairs nothing.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from esolm.algorithms.algorithm import View
 from esolm.optim import NotFinite
+from esolm.ranks import Ranks
 
+_CAUSES = ("the weight", "the weights of", "the loss of")  # of a batch, in the order in which they are to blame
 REFUSED_IN_A_ROW = 3  # updates that are skipped, at the last of which a run ends: skipping does not save it
 
 
@@ -31,7 +34,7 @@ def bad_weight(weights: Mapping[str, Tensor]) -> NotFinite | None:
         return None
     for name, tensor in weights.items():  # a sum of squares may overflow where every weight is finite
         if not bool(torch.isfinite(tensor).all()):
-            return NotFinite(name, _kind(tensor), "the weight")
+            return NotFinite(name, _kind(tensor), _CAUSES[0])
     return None
 
 
@@ -45,8 +48,21 @@ def bad_loss(terms: Mapping[str, float], views: Callable[[], Iterable[View]]) ->
         rows = torch.nonzero(~torch.isfinite(view.weights))
         if len(rows):
             where = f"{view.term} view, text {int(rows[0, 0])}, row {int(rows[0, 1])}"
-            return NotFinite(f"the batch ({where})", _kind(view.weights), "the weights of")
-    return NotFinite(f"the {wrong} term", _kind(torch.tensor(terms[wrong])), "the loss of")
+            return NotFinite(f"the batch ({where})", _kind(view.weights), _CAUSES[1])
+    return NotFinite(f"the {wrong} term", _kind(torch.tensor(terms[wrong])), _CAUSES[2])
+
+
+def everywhere(problem: NotFinite | None, ranks: Ranks) -> NotFinite | None:
+    """The first problem that any rank has, told on every rank. In shards all pay for one rank's weight with their
+    loss, so causes come before consequences."""
+    if ranks.alone:
+        return problem
+    words = ranks.words("" if problem is None else json.dumps([problem.name, problem.kind, problem.what]))
+    found = [(*json.loads(told), rank) for rank, told in enumerate(words) if told]
+    if not found:
+        return None
+    name, kind, what, rank = min(found, key=lambda each: (_CAUSES.index(each[2]), each[3]))
+    return NotFinite(f"{name} (rank {rank})", kind, what)
 
 
 class Refusals:

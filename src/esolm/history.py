@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from esolm import journal
+from esolm.plain import FileError
 
 State = Literal["finished", "interrupted", "running", "died"]
 
@@ -56,20 +57,20 @@ class History:
 
 
 def find(folders: Sequence[Path]) -> list[Path]:
-    """Every run in these folders and below, in order. ValueError for a folder that is not there."""
+    """Every run in these folders and below, in order. FileError for a folder that is not there."""
     found = []
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"there is no folder {folder}: give one that holds runs")
+            raise FileError(f"there is no folder {folder}: give one that holds runs")
         found += list(_below(folder))
     return list(dict.fromkeys(found))
 
 
 def of(folder: Path) -> History:
-    """The history of one run. ValueError if the folder holds no log, or a damaged one."""
+    """The history of one run. FileError if the folder holds no log, or a damaged one."""
     path = folder / journal.FILE if folder.is_dir() else folder
     if not path.is_file():
-        raise ValueError(f"{folder} holds no run: there is no {journal.FILE} in it; `esolm runs` lists runs")
+        raise FileError(f"{folder} holds no run: there is no {journal.FILE} in it; `esolm runs` lists runs")
     entries = journal.read(path)
     began: dict[str, Any] = next((entry for entry in reversed(entries) if entry.get("event") == "began"), {})
     curves = _curves(entries)

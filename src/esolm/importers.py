@@ -6,7 +6,7 @@
     file -> archive (tensors, plain data) -> theirs (method, sizes, tokenizer) -> folding (our weights) -> checkpoint
 
 Nothing that a file names is imported or called. What it does not say is asked for, never guessed; what is left out is
-told. It downloads nothing.
+told.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from esolm import checkpoint, plain, seal, theirs
+from esolm import checkpoint, hub, plain, seal, theirs
 from esolm.algorithms import AR, Algorithm
 from esolm.archive import Archive, ArchiveError, Stored, open_archive
 from esolm.checkpoint import Checkpoint, CheckpointError
@@ -70,7 +70,7 @@ def import_model(
     algorithm: Algorithm | None = None,
     length: int | None = None,
 ) -> Imported:
-    """Convert a training file or a published folder of the authors into a checkpoint in the folder `out`.
+    """Convert a training file or a published folder of the authors (or its name on the Hub) into a checkpoint in `out`.
 
     `weights`: the averaged ones (`ema`) or those of the last step (`raw`); None takes the averaged ones where there are
     any. `tokenizer`: its file or folder (see `Tokenizer.load`), where the file holds none. `algorithm` and `length` are
@@ -78,6 +78,8 @@ def import_model(
     not fit together.
     """
     path, out = Path(path), Path(out)
+    if hub.is_name(path):
+        path = _of_the_hub(str(path))
     if out.is_dir() and any(checkpoint.is_step(one) for one in out.iterdir()):
         raise ValueError(f"{out} already holds a run: choose another folder")
     if not path.exists():
@@ -94,6 +96,13 @@ def import_model(
         raise
     except ValueError as problem:
         raise ValueError(f"cannot import {path}: {problem}") from None
+
+
+def _of_the_hub(name: str) -> Path:
+    try:
+        return hub.published(name)
+    except hub.HubError as problem:
+        raise CheckpointError(str(problem)) from None
 
 
 # -- what there is -----------------------------------------------------------------------------------------

@@ -9,17 +9,20 @@ bf16 where that is faster. It learns nothing, and does not follow the denoiser t
 import copy
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from esolm import native
 from esolm.attention import Relation
 from esolm.cache import Cache
 from esolm.calibrate import capability
 from esolm.denoiser import Block, Config, Denoiser, rotate
-from esolm.products import Chosen, Dtype, Product, chosen, packed
+from esolm.engine import Engine
+from esolm.products import MANY_ROWS, Chosen, Dtype, Product, chosen, packed, table_dtype
 
 _Norm = tuple[Tensor, Tensor | None]  # weight and bias
 
@@ -33,9 +36,21 @@ def prepared(denoiser: Denoiser, dtype: Dtype = "auto", *, rows: int = 2) -> "Ne
     device = denoiser.embed.weight.device
     dtype = chosen(dtype, device, rows)
     if device.type == "cpu":
-        return Inference(denoiser, dtype)
+        return Engine(denoiser, dtype) if rows < MANY_ROWS and compiled() else Inference(denoiser, dtype)
     network = copy.deepcopy(denoiser).eval().requires_grad_(False)
     return network.to(torch.bfloat16) if dtype == "bfloat16" else network
+
+
+@cache
+def compiled() -> bool:
+    """Is there a compiled engine, and does it give a small network's numbers? What a compiler made is not assumed."""
+    if native.library() is None:
+        return False
+    network = Denoiser(Config(vocab_size=40, length=8, width=32, layers=2, heads=2, kv_heads=1, qk_norm=True))
+    rows = torch.tensor([[1, 2, 39], [3, 39, 39]]), torch.tensor([[0, 1, 2], [4, 2, 3]]), Relation(causal=True)
+    with torch.inference_mode():
+        expected, found = (made.logits(made(*rows)) for made in (network, Engine(network, "float32")))
+    return torch.allclose(expected, found, atol=1e-5)
 
 
 class Inference:
@@ -44,8 +59,7 @@ class Inference:
     def __init__(self, denoiser: Denoiser, dtype: Chosen) -> None:
         self.config, self.dtype = denoiser.config, dtype
         self.device = torch.device("cpu")
-        kept = {"float32": torch.float32, "float16": torch.float16}.get(dtype, torch.bfloat16)
-        self._embedding = denoiser.embed.weight.detach().to(kept, copy=True)
+        self._embedding = denoiser.embed.weight.detach().to(table_dtype(dtype), copy=True)
         self._angles = torch.stack((denoiser.cos, denoiser.sin), dim=1)
         self._layers = [_Layer.of(block, dtype) for block in denoiser.blocks if isinstance(block, Block)]
         self._reads, self._never = torch.tensor(0.0), torch.tensor(-torch.inf)
@@ -108,7 +122,7 @@ class Inference:
         return torch.layer_norm(x, weight.shape, weight, bias, self.config.norm_epsilon)
 
 
-Network = Denoiser | Inference
+Network = Denoiser | Inference | Engine
 
 
 def describe(network: Network) -> str:

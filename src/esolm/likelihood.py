@@ -12,7 +12,7 @@ the weighted bound may lie below or above the NELBO: they bound the likelihoods 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,21 +49,23 @@ class Estimate:
         return self.nats_per_token * self.num_tokens / num_bytes / math.log(2)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def nelbo(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
-    """One Monte Carlo estimate of the negative ELBO of each text, in nats. Exact for AR."""
+    """One Monte Carlo estimate of the negative ELBO of each text, in nats, the same however far it is padded. Exact
+    for AR."""
     nats = torch.zeros(len(batch.tokens), dtype=torch.float64)
-    for view in algorithm.bound(batch, noise, network.config.mask_id):
+    for view in algorithm.bound(batch, replace(noise, by_position=True), network.config.mask_id):
         rows = objective.scores_of_view(network, view.to(network.device))
         nats += rows.cpu().double().sum(1)  # in this order: not every device has float64
     return nats
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihood(network: Network, algorithm: Algorithm, batch: Batch, noise: Noise) -> Float64[Tensor, "batch"]:
     """Exact log-likelihood of each text, in nats, under one order of writing: the method's only one (AR), or one drawn
     with `noise` (Eso-LM). ValueError for methods that have a bound only (see `Algorithm.one_pass`)."""
-    view = algorithm.exact(batch, algorithm.orders(batch, noise), network.config.mask_id)
+    order = algorithm.orders(batch, replace(noise, by_position=True))
+    view = algorithm.exact(batch, order, network.config.mask_id)
     rows = objective.scores_of_view(network, view.to(network.device))
     return -rows.cpu().double().sum(1)
 
@@ -89,9 +91,9 @@ def draws(
     Draw `k` is that of `noise.step + k`, so that more samples keep the draws of fewer.
     """
     if kind == "NELBO":
-        each = [nelbo(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
+        each = [nelbo(network, algorithm, batch, replace(noise, step=noise.step + k)) for k in range(samples)]
     else:
-        each = [-log_likelihood(network, algorithm, batch, _later(noise, k)) for k in range(samples)]
+        each = [-log_likelihood(network, algorithm, batch, replace(noise, step=noise.step + k)) for k in range(samples)]
     return torch.stack(each, dim=1)
 
 
@@ -112,7 +114,7 @@ def estimate(
     seed: int = 0,
 ) -> Estimate:
     """A measure over texts, `samples` draws each. A text's numbers depend on its place among the texts, not on the
-    sizes of the batches. Texts must all be padded to one length, for which the random numbers are drawn."""
+    sizes of the batches nor on how far each is padded."""
     found, tokens, at = [], [], 0
     for batch in batches:
         noise = Noise(seed=seed, step=0, start=at, stop=at + len(batch.tokens), total=at + len(batch.tokens))
@@ -166,7 +168,3 @@ def _error_of_draws(kind: Kind, each: Float64[Tensor, "text sample"], num_tokens
     if kind == "importance-weighted bound":
         each = torch.softmax(-each, dim=1) * samples  # each likelihood over their mean
     return math.sqrt(float(each.var(1).sum()) / samples) / num_tokens
-
-
-def _later(noise: Noise, draws: int) -> Noise:
-    return Noise(seed=noise.seed, step=noise.step + draws, start=noise.start, stop=noise.stop, total=noise.total)

@@ -44,9 +44,9 @@ def needed(network: Config, optim: OptimConfig) -> int:
     return 4 * parameters * (4 if optim.average is None else 5)
 
 
-def refuse_too_large(network: Config, optim: OptimConfig, device: torch.device) -> None:
-    """Raise TooLarge if the network cannot fit, whatever the batch."""
-    wanted, left = needed(network, optim), available(device)
+def refuse_too_large(network: Config, optim: OptimConfig, device: torch.device, *, parts: int = 1) -> None:
+    """Raise TooLarge if the network (or one of its equal parts) cannot fit, whatever the batch."""
+    wanted, left = needed(network, optim) // parts, available(device)
     if left is not None and wanted > left:
         raise TooLarge(
             f"the network needs {wanted / _GB:.2f} GB (weights, gradients, moments, average) before any text, and "

@@ -8,7 +8,7 @@ Every call can be had as values too: `request` makes a `Request`, `write` yields
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from esolm import checkpoint, likelihood, plain, sample
 from esolm.algorithms.algorithm import Algorithm, Batch, Request, recorded
@@ -60,10 +61,37 @@ def load(
     `average`: the averaged weights where there are any. `dtype`: of the network's products, see `products`.
     CheckpointError if it is missing or damaged.
     """
-    saved = checkpoint.load(Path(path), optimizer=False)
-    config = plain.from_plain(Config, saved.config["network"])
-    denoiser = Denoiser(config)
-    denoiser.load_state_dict(saved.ema if average and saved.ema is not None else saved.model)
+    return of(checkpoint.load(Path(path), optimizer=False), path, average=average, dtype=dtype, device=device)
+
+
+def of(
+    saved: checkpoint.Checkpoint,
+    path: str | Path,
+    *,
+    average: bool = True,
+    dtype: Dtype = "auto",
+    device: str | torch.device = "cpu",
+) -> "Model":
+    """The model of a checkpoint that is read already, from `path`; otherwise as `load`."""
+    for name in ("network", "algorithm"):
+        if name not in saved.config:
+            raise checkpoint.CheckpointError(f"{path} does not say its {name} in config.json: use another checkpoint")
+    weights = saved.ema if average and saved.ema is not None else saved.model
+    try:
+        config = plain.from_plain(Config, saved.config["network"])
+        _refuse_other_sizes(weights, config)  # before so much memory is asked for
+        denoiser = Denoiser(config)
+        denoiser.load_state_dict(weights)
+    except ValueError as problem:
+        told = "; ".join(line.strip() for line in str(problem).splitlines())
+        words = f"the network in config.json of {path} cannot be: {told}; use another checkpoint"
+        raise checkpoint.CheckpointError(words) from None
+    except RuntimeError as problem:
+        if "size mismatch" not in str(problem) and "state_dict" not in str(problem):
+            raise
+        first = str(problem).splitlines()[1].strip().rstrip(".")
+        told = f"the weights of {path} are not those of the network in its config.json ({first})"
+        raise checkpoint.CheckpointError(f"{told}: use another checkpoint") from None
     return Model(
         denoiser.to(device),
         recorded(saved.config["algorithm"]),
@@ -71,6 +99,15 @@ def load(
         dtype=dtype,
         facts={"step": saved.step, **saved.state, "run": saved.config.get("run")},
     )
+
+
+def _refuse_other_sizes(weights: dict[str, Tensor], config: Config) -> None:
+    """ValueError unless weights have the sizes of a network, as far as two tensors and their names tell."""
+    found = weights["embed.weight"].shape if "embed.weight" in weights else ()
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if (*found, layers) != (config.vocab_size, config.width, config.layers):
+        sizes = f"vocab_size, width and layers are {config.vocab_size}, {config.width} and {config.layers}"
+        raise ValueError(f"its {sizes}, those of the weights {', '.join(map(str, (*found, layers)))}")
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -245,7 +282,7 @@ class Model:
 
     def info(self) -> dict[str, str]:
         """What it is, as labels and values to print."""
-        config, run = self.denoiser.config, self.facts.get("run") or {}
+        config = self.denoiser.config
         told = {
             "method": repr(self.algorithm),
             "parameters": f"{self.denoiser.num_parameters:,}",
@@ -253,6 +290,15 @@ class Model:
             "vocabulary": f"{config.vocab_size:,} ids, the last is the mask",
             "products": describe(self.writer),
         }
+        try:
+            return told | self._recorded()
+        except (AttributeError, LookupError, TypeError, ValueError):
+            words = "what the checkpoint records of its run is not what esolm writes: use another checkpoint"
+            raise checkpoint.CheckpointError(words) from None
+
+    def _recorded(self) -> dict[str, str]:
+        """What a checkpoint says of where it came from."""
+        told, run = {}, self.facts.get("run")
         if run:
             rate = run["optim"]["schedule"]["peak"]
             told["trained"] = (
@@ -262,7 +308,7 @@ class Model:
         if imported := self.facts.get("imported"):
             told["imported"] = f"from {imported['from']} ({imported['found']}), weights {imported['weights']}"
         if source := self.facts.get("origin"):
-            told["data"] = f"{source['data']}{', prompts and answers' if source['pairs'] else ''}"
+            told["data"] = _told_of(source)
         return told
 
     def _repeated(self, ids: list[int], samples: int) -> Batch:
@@ -272,6 +318,14 @@ class Model:
         tokens[:, : len(ids)] = torch.tensor(ids)
         valid = (torch.arange(length) < len(ids)).expand(samples, -1)
         return Batch(tokens=tokens, given=torch.zeros_like(valid), valid=valid)
+
+
+def _told_of(origin: Mapping[str, Any]) -> str:
+    """Where data came from, as `prepare` recorded it: of one source, or of several by weight."""
+    if "sources" in origin:
+        parts = zip(origin["sources"], origin["weights"], strict=True)
+        return ", ".join(f"{_told_of(source)} (weight {weight:g})" for source, weight in parts)
+    return f"{origin['data']}{', prompts and answers' if origin['pairs'] else ''}"
 
 
 def _draws(seed: int, step: int, samples: int) -> Noise:

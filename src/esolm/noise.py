@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 _WORDS_PER_COUNT = 4  # Philox4x64 makes four 64-bit words for one value of its counter
+_ROOM = 2**40  # values of the counter for a row `by_position`: for longer texts than there are
 
 
 def generator(*key: int) -> np.random.Generator:
@@ -26,20 +27,32 @@ def uniforms(count: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """The random numbers of rows `start` to `stop` of a global batch of `total` rows, at one step of one run."""
+    """The random numbers of rows `start` to `stop` of a global batch of `total` rows, at one step of one run.
+
+    `by_position`, as scores are drawn: the numbers of a row do not depend on how many are asked for, so that padding
+    changes none. Else rows are packed, as training draws them.
+    """
 
     seed: int
     step: int
     start: int
     stop: int
     total: int
+    by_position: bool = False
 
     def uniform(self, purpose: int, columns: int) -> Float64[Tensor, "batch columns"]:
         """Uniforms in [0, 1) for these rows: a slice of what the whole global batch would get for this purpose."""
         counts = -(-columns // _WORDS_PER_COUNT)
-        philox = _philox((self.seed, self.step, purpose))
-        philox.advance(self.start * counts)
-        numbers = np.random.Generator(philox).random((self.stop - self.start, counts * _WORDS_PER_COUNT))
+        philox, rows = _philox((self.seed, self.step, purpose)), self.stop - self.start
+        if self.by_position:
+            philox.advance(self.start * _ROOM)
+            numbers = np.empty((rows, counts * _WORDS_PER_COUNT))
+            for row in numbers:
+                np.random.Generator(philox).random(out=row)
+                philox.advance(_ROOM - counts)
+        else:
+            philox.advance(self.start * counts)
+            numbers = np.random.Generator(philox).random((rows, counts * _WORDS_PER_COUNT))
         return torch.from_numpy(np.ascontiguousarray(numbers[:, :columns]))
 
     def shared(self, purpose: int) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from esolm.algorithms.algorithm import View
-from esolm.attention import relation, relation_in_tiles
+from esolm.attention import Relation, relation, relation_in_tiles
 from esolm.denoiser import Denoiser
 from esolm.inference import Network
 
@@ -36,15 +36,15 @@ def weighted_cross_entropy(
 
 
 def of_view(
-    denoiser: Denoiser, view: View, noise: torch.Generator | None = None
+    denoiser: Denoiser, view: View, noise: torch.Generator | None = None, who: Relation | None = None
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch row"]]:
     """One pass of the denoiser over a view: the sum of `weights * nll` (differentiable), and `weights * nll` of each
     row (not differentiable; zero where a row has no target). Logits are made for rows with a target only.
 
-    `noise` is for dropout; a pass without it drops nothing."""
+    `noise` is for dropout; a pass without it drops nothing. `who` stands in for the view's own relation."""
     weights, targets = view.weights.flatten(), view.targets.flatten()
     rows = weights.nonzero()[:, 0]
-    who = relation_in_tiles(view.stage, view.public, _dtype(denoiser.embed.weight))
+    who = who or relation_in_tiles(view.stage, view.public, _dtype(denoiser.embed.weight))
     hidden = denoiser(view.tokens, view.positions, who, wanted=rows, noise=noise)
     loss, nll = weighted_cross_entropy(hidden, denoiser.head, targets[rows], weights[rows])
     weighted = torch.zeros_like(weights).index_put_((rows,), nll * weights[rows])

@@ -11,6 +11,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+_PREFIX = "esolm_own_"  # of modules made of files
+
 
 def define(source: str) -> None:
     """Run a Python file (by its path) or import a module (by its name). ValueError, with what went wrong and in which
@@ -34,7 +36,7 @@ def define(source: str) -> None:
 
 def _run(path: Path) -> None:
     """As a module of the file's name, so that two files may define methods and each is run once."""
-    name = f"esolm_own_{path.stem}"
+    name = f"{_PREFIX}{path.stem}"
     if not path.is_file():
         raise FileNotFoundError(path)
     found = importlib.util.spec_from_file_location(name, path)
@@ -52,3 +54,11 @@ def _line(problem: BaseException) -> str:
     while trace is not None:
         last, trace = trace, trace.tb_next
     return "" if last is None else f" (line {last.tb_lineno} of {Path(last.tb_frame.f_code.co_filename).name})"
+
+
+def source(cls: type) -> str | None:
+    """What to give `define` in another process so that this class is known there too; None for one of the package."""
+    module = sys.modules[cls.__module__]
+    if cls.__module__.partition(".")[0] == "esolm":
+        return None
+    return str(module.__file__) if cls.__module__.startswith(_PREFIX) else cls.__module__

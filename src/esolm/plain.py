@@ -1,8 +1,7 @@
 """Frozen dataclasses <-> plain data (what JSON can hold), strictly and with errors that teach.
 
 The configuration is the object: a checkpoint records `to_plain(config)` and `from_plain(Config, data)`
-gives an equal object back or lists everything that is wrong at once, each line with the key path, what was
-expected and, for an unknown key, the nearest right one.
+gives an equal object back or lists all that is wrong at once: key path, what was expected, the nearest right key.
 
 A value whose class derives from an abstract dataclass carries a `"type": "<ClassName>"` key and is resolved
 among the concrete subclasses the process knows, so a class of the user's own needs no registry.
@@ -98,6 +97,10 @@ def render(data: object) -> str:
 def classes(cls: type[T]) -> dict[str, type[T]]:
     """The concrete dataclasses below an abstract one, by name; of two of one name none, since a name must say which."""
     return {name: found[0] for name, found in _concrete([cls]).items() if len(found) == 1}
+
+
+class FileError(ValueError):
+    """A file that somebody named is missing or damaged; the call was right."""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

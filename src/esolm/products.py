@@ -2,7 +2,7 @@
 
     dtype      weights                                     bytes a weight   a row's result depends on other rows
     float32    laid out for oneDNN beforehand              4                never
-    float16    rounded, products and sums in float32       2                never
+    float16    rounded, products and sums in float32       2                never (AVX2: in the last bits)
     bfloat16   laid out for oneDNN, rows rounded as well   2                in the last bits
     int8       a bf16 scale an output, rows rounded        1                in the last bits
 
@@ -23,7 +23,7 @@ from esolm.calibrate import bf16_pays
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 Chosen = Literal["float32", "float16", "bfloat16", "int8"]
 
-_MANY_ROWS = 12  # from here on bf16 products, where the CPU has them, overtake those with float16 weights
+MANY_ROWS = 12  # from here on bf16 products, where the CPU has them, overtake those with float16 weights
 _LARGEST_HALF = 65504.0
 _INT8_COLUMNS = 32  # torch's int8 kernel reads this many inputs at a time, past the end of a shorter row
 _INT8_ROWS = 32  # with more rows than this, unpacking the weights once is cheaper than the int8 kernel
@@ -63,7 +63,7 @@ def chosen(dtype: Dtype, device: torch.device, rows: int = 2) -> Chosen:
         raise ValueError("this build of torch has no product with float16 weights: use float32, bfloat16 or auto")
     if dtype != "auto":
         return dtype
-    if rows < _MANY_ROWS and half_runs():
+    if rows < MANY_ROWS and half_runs():
         return "float16"
     return "bfloat16" if bf16_pays(device) else "float32"
 
@@ -78,14 +78,32 @@ def half_runs() -> bool:
         return False
 
 
+def fits_half(weight: Tensor) -> bool:
+    """Can float16 hold every number of a weight?"""
+    return float(weight.detach().abs().max()) <= _LARGEST_HALF
+
+
+def table_dtype(dtype: Chosen) -> torch.dtype:
+    """Of the embedding, which is looked up and not multiplied: as its products' weights, int8's as bf16."""
+    return {"float32": torch.float32, "float16": torch.float16}.get(dtype, torch.bfloat16)
+
+
 def packed(linear: nn.Linear, dtype: Chosen) -> Product:
     """The product of a linear layer in this dtype, or in the nearest one that can hold it."""
     if dtype == "int8" and linear.weight.shape[1] % _INT8_COLUMNS == 0:
         return Int8(linear)
-    if dtype == "float16" and float(linear.weight.detach().abs().max()) <= _LARGEST_HALF:
+    if dtype == "float16" and fits_half(linear.weight):
         return Half(linear)
-    kind = Packed if torch.backends.mkldnn.is_available() else Plain  # type: ignore[no-untyped-call]
-    return kind(linear, torch.bfloat16 if dtype in ("bfloat16", "int8") else torch.float32)
+    plain = torch.bfloat16 if dtype in ("bfloat16", "int8") else torch.float32
+    return Packed(linear, plain) if _packs(plain) else Plain(linear, plain)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Can oneDNN lay out weights of this dtype on this CPU (bf16: from AVX-512 on)?"""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Plain(Product):
@@ -125,7 +143,8 @@ class Packed(Product):
 
 class Half(Product):
     """A linear layer with float16 weights; rows, products and sums are float32. At a few rows it reads its weights as
-    fast as memory gives them, and a row's result is the same bit for bit whatever other rows there are."""
+    fast as memory gives them, and with AVX-512 a row's result is the same bit for bit whatever other rows there are;
+    with AVX2 the kernels for one and two rows add in another order."""
 
     kind, size = "packed float16", 2
 
@@ -149,11 +168,7 @@ class Int8(Product):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        weight = linear.weight.detach().float()
-        largest = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-        self._scale = (largest / 127).bfloat16()
-        steps = (weight / self._scale.float()[:, None]).round_().clamp_(-127, 127)
-        self._weight = steps.to(torch.int8)
+        self._weight, self._scale = int8_steps(linear.weight.detach().float())
         self._bias = None if linear.bias is None else linear.bias.detach().clone()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -164,6 +179,13 @@ class Int8(Product):
             out = F.linear(rows, self._weight.to(torch.bfloat16)) * self._scale
         out = out.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return out if self._bias is None else out + self._bias
+
+
+def int8_steps(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight `[output, input]` in whole steps of an output's scale, which is the largest over 127, in bf16."""
+    largest = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = (largest / 127).bfloat16()
+    return (weight / scale.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def _name(dtype: torch.dtype) -> str:

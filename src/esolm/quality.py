@@ -47,11 +47,9 @@ def mauve(
 ) -> float:
     """MAUVE of two sets of features, by the authors' library (extra `eval`; its licence is the GPL, so the core never
     imports it). It grows with the number of texts: compare figures of the same numbers only. ValueError for too few."""
-    refuse_few(len(ours), len(real))
-    try:
-        from mauve import compute_mauve
-    except ImportError:
-        raise ValueError('MAUVE needs the extra: pip install "esolm[eval]"') from None
+    refuse_mauve(len(ours), len(real))
+    from mauve import compute_mauve
+
     found = compute_mauve(p_features=ours, q_features=real, seed=seed, verbose=False)
     return float(found.mauve)
 
@@ -68,13 +66,17 @@ def pieces(documents: Sequence[str], like: Sequence[str]) -> list[str]:
     return [cut[number * len(cut) // len(like)] for number in range(len(like))]
 
 
-def refuse_few(ours: int, real: int) -> None:
-    """ValueError for fewer texts than MAUVE needs."""
+def refuse_mauve(ours: int, real: int) -> None:
+    """ValueError, before anything is computed for it, where MAUVE cannot be had: too few texts, or no package."""
     if min(ours, real) < FEWEST_FOR_MAUVE:
         raise ValueError(
             f"MAUVE needs at least {FEWEST_FOR_MAUVE} texts on each side, got {ours} and {real}: "
             "write more, or leave it out"
         )
+    try:
+        import mauve  # noqa: F401
+    except ImportError:
+        raise ValueError('MAUVE needs the extra: pip install "esolm[eval]", or leave the real texts out') from None
 
 
 def _check(texts: Sequence[Tokens]) -> None:

@@ -3,16 +3,40 @@
     scores/nelbo-1f0c2d9e.jsonl     {"key": {"weights": "..", "seed": 0, ..}}      all that decides on the results
                                     {"nats": [41.5, 40.9], ..}                     the first result, and so on in order
 
-Another key is another file, so that results of two settings never mix. It knows nothing of what it keeps.
+Another key is another file, so that results of two settings never mix. Their table is replaced as a whole whenever
+there is more to tell. It knows nothing of what it keeps.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from esolm import plain
+
+_FIGURES = "table.json"
+
+
+def keep_table(folder: Path, markdown: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table to `table.md` and all its figures to `table.json`, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("table.md", markdown), (_FIGURES, plain.render(list(rows)))):
+        part = folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
+
+
+def refuse_other_table(folder: Path, column: str) -> None:
+    """ValueError, before any work, if a folder's table has rows without `column`: another command's, which ours would
+    replace."""
+    path = folder / _FIGURES
+    try:
+        rows = plain.parse(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError:
+        rows = [None]
+    if any(not isinstance(row, dict) or column not in row for row in rows):
+        raise ValueError(f"{path} is the table of something else and would be lost: choose another --out")
 
 
 class Records:

@@ -1,7 +1,8 @@
 """A page to open: a text replayed step by step, what was learned, who reads whom, how fast it writes.
 
 One file with everything in it: the page of `assets/report.html` and the figures as JSON; nothing is fetched. `stills`
-is the replay on paper: the text at a few of its steps, as an SVG picture. It measures nothing.
+is the replay on paper: the text at a few of its steps, as an SVG picture; `drawn` is one picture of who reads whom. It
+measures nothing.
 """
 
 import html
@@ -111,6 +112,34 @@ def write(report: Report, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drawn(picture: Picture) -> str:
+    """Who reads whom, as an SVG picture: a row reads the columns that are filled. What holds a token and what holds a
+    mask differ in colour, which the page may set (classes `token`, `mask`, `blank`)."""
+    side = _GAP + _CELL * len(picture.labels)
+    marks = []
+    for at, label in enumerate(picture.labels):
+        kind, middle = "mask" if picture.masks[at] else "token", _GAP + (at + 0.5) * _CELL
+        marks += [_letter(kind, _CELL / 2, middle + 4, label), _letter(kind, middle, _CELL - 3, label)]
+        marks += [_cell(kind if mark == "#" else "blank", x, at) for x, mark in enumerate(picture.rows[at])]
+    told = html.escape(f"{picture.name}. {picture.caption}")
+    size = f'width="{side:g}" height="{side:g}" viewBox="0 0 {side:g} {side:g}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{told}">{"".join(marks)}</svg>'
+
+
+_CELL, _GAP = 14.0, 18.0  # pixels: a cell, and the letters before the first
+_FILLS = {"token": "#0a6883", "mask": "#99450a", "blank": "#e6e3db"}
+
+
+def _letter(kind: str, x: float, y: float, letter: str) -> str:
+    style = 'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="12" text-anchor="middle"'
+    return f'<text class="{kind}" fill="{_FILLS[kind]}" {style} x="{x:g}" y="{y:g}">{html.escape(letter)}</text>'
+
+
+def _cell(kind: str, x: int, y: int) -> str:
+    place = f'x="{_GAP + x * _CELL + 1:g}" y="{_GAP + y * _CELL + 1:g}"'
+    return f'<rect class="{kind}" fill="{_FILLS[kind]}" {place} width="{_CELL - 2:g}" height="{_CELL - 2:g}" rx="2"/>'
 
 
 def stills(replay: Replay, steps: Sequence[int], *, columns: int = 2, width: int = 52) -> str:

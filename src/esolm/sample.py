@@ -16,6 +16,7 @@ import torch
 from esolm.algorithms.algorithm import Algorithm, Phase, Plan, Request
 from esolm.attention import PADDING, Relation, attends, relation
 from esolm.draw import draw, draw_rows
+from esolm.engine import Engine
 from esolm.inference import Network
 from esolm.noise import generator, uniforms
 
@@ -142,16 +143,16 @@ class Writer:
     def evaluate(self) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Feed this step's rows. Returns hidden states `[drawn, width]` of the rows to draw, and each one's text (its
         place among the unfinished) and rank."""
-        if self._feed is None or self._step == self._feed.last:
-            self._feed = _Feed(self._plans, self._texts, self._step, self.denoiser.device)
-        rows = self._feed.rows(self._step)
+        rows = self._look_ahead().rows(self._step)
         held = self._tokens[self._texts[:, None], rows.rank - self._plans.shifted]
         tokens = torch.from_numpy(held).to(self.denoiser.device)
         kept = self._cache if rows.caches else None
         if kept is not None:
             kept.place(held.shape[1])
         hidden: torch.Tensor = self.denoiser(tokens, rows.positions, rows.who, kept)
-        return hidden.flatten(0, 1)[rows.drawn], rows.drawn_text, rows.drawn_rank
+        # not by an index in brackets: that wakes torch's threads, and they would keep a core from the engine's
+        drawn = hidden.flatten(0, 1).index_select(0, rows.drawn)
+        return drawn, rows.drawn_text, rows.drawn_rank
 
     def accept(self, text: np.ndarray, rank: np.ndarray, tokens: np.ndarray) -> None:
         """Take `tokens` for the rows that `evaluate` returned, and go on to the next step."""
@@ -167,19 +168,33 @@ class Writer:
         if self._ending or self._step == self._next_done:
             self._drop_finished()
 
+    def places(self, text: np.ndarray, rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of rows that `evaluate` returned: the request that each belongs to, and its position in that text."""
+        which = self._texts[text]
+        return which, self._plans.order[which, rank]
+
     def texts(self) -> list[Written]:
         """The texts as they stand, in the order of the requests: masks where nothing is written yet."""
         return [self._text(text) for text in range(len(self.requests))]
 
+    def _look_ahead(self) -> "_Feed":
+        """What the next steps feed; found again where it is known no further."""
+        if self._feed is None or self._step == self._feed.last:
+            self._feed = _Feed(self._plans, self._texts, self._step, self.denoiser.device)
+        return self._feed
+
     def _draw(self, hidden: torch.Tensor, text: np.ndarray, rank: np.ndarray) -> np.ndarray:
         """Tokens of rows with these hidden states, by the options and the random numbers of their texts."""
+        options = self.requests[0].draw
+        if isinstance(self.denoiser, Engine) and self._same_draw and options.plain:
+            return self.denoiser.draw(hidden, self._uniform[text, rank], options.temperature)
         logits = self.denoiser.logits(hidden).float()
         logits[:, -1] = -torch.inf
         if logits.device.type == "mps":  # it has no float64, which exact draws need
             logits = logits.cpu()
         uniform = torch.from_numpy(self._uniform[text, rank]).to(logits.device)
         if self._same_draw:
-            tokens = draw(logits, uniform, self.requests[0].draw)
+            tokens = draw(logits, uniform, options)
         else:
             tokens = draw_rows(logits, uniform, [self.requests[row].draw for row in text])
         return tokens.cpu().numpy()
@@ -239,7 +254,8 @@ class _Feed:
         self.first = first
         self.last = self._count_steps(plans, texts)
         kept, closed, start, stop, shown = (table[texts, first : self.last].T[:, :, None] for table in plans.boundaries)
-        self._count = (shown - kept).max((1, 2)).tolist()
+        self._counts = np.ascontiguousarray((shown - kept)[:, :, 0])
+        self._count = self._counts.max(1).tolist()
         self._used = (kept.max((1, 2)) + self._count).tolist()
         self._caches: list[bool] = (closed.max((1, 2)) > 0).tolist()
         rank = kept + np.arange(max(self._count))  # [step, text, row]
@@ -274,12 +290,14 @@ class _Feed:
         )
 
     def _who(self, at: int) -> Relation:
-        count = self._count[at]
+        count, counts = self._count[at], self._counts[at]
         if not self._caches[at]:
             device = self._positions.device
             return relation(self._stage[at, :, :count].to(device), self._public[at, :, :count].to(device))
         mask = self._mask[at, :, :count, : self._used[at]]
-        return Relation() if not mask.is_cuda and bool(mask.all()) else Relation(mask=mask[:, None])
+        if not mask.is_cuda and bool(mask.all()):
+            return Relation()
+        return Relation(mask=mask[:, None], counts=counts if counts.min() < count else None)
 
     def _count_steps(self, plans: "_Tables", texts: np.ndarray) -> int:
         """The last step such that the masks of all of them stay small."""

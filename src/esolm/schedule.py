@@ -16,6 +16,7 @@ from torch import Tensor
 
 EPSILON = 1e-3  # keeps t away from 0, where the weight of the diffusion term is infinite for alpha_0 = 1
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples mod 1 fill [0, 1) most evenly
+_OF_PARTS = math.sqrt(2)  # no multiple of it is one of the golden ratio, so that no part has the time of another text's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +56,17 @@ def stratified_times(
     return EPSILON + (1 - EPSILON) * ((uniform / total + index / total) % 1)
 
 
-def spread_times(shift: float, index: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+def spread_times(
+    shift: float, index: Float64[Tensor, "*#shape"], part: Float64[Tensor, "*#shape"] | None = None
+) -> Float64[Tensor, "*shape"]:
     """Times in [EPSILON, 1], spread evenly over any run of indices: `(shift + index * golden ratio) mod 1`, shifted off
-    zero.
+    zero. Parts of a text with times of their own (blocks) are `part * sqrt(2)` apart.
 
     For scoring: with a uniform `shift` the time of every text is uniform by itself, so that estimates over texts in a
     fixed order are unbiased. Stratified times tie a text to its stratum; in training texts come in random order.
     """
-    return EPSILON + (1 - EPSILON) * ((shift + index * _GOLDEN) % 1)
+    place = shift + index * _GOLDEN
+    return EPSILON + (1 - EPSILON) * ((place if part is None else place + part * _OF_PARTS) % 1)
 
 
 def reveal_counts(count: int, alpha_0: float, num_steps: int | None, rng: np.random.Generator) -> np.ndarray:

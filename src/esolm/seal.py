@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -29,13 +29,14 @@ class SealError(ValueError):
     """A sealed folder is incomplete, damaged or not ours. The message names the first bad file."""
 
 
-def seal(folder: Path, names: Sequence[str], *, step: int) -> None:
-    """Sync the files `names` of a folder to disk, write and sync its manifest, then the folder itself."""
+def seal(folder: Path, names: Sequence[str], *, step: int, known: Mapping[str, str] | None = None) -> None:
+    """Sync the files `names` of a folder to disk, write and sync its manifest, then the folder itself. Digests that are
+    `known` are not taken again."""
     for name in names:
         sync(folder / name)
     for inner in {(folder / name).parent for name in names} - {folder}:
         sync(inner)
-    digests = _digests(folder, names)
+    digests = {**_digests(folder, [name for name in names if name not in (known or {})]), **(known or {})}
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digests[name]} for name in names}
     body = plain.render({"format": FORMAT, "step": step, "files": files}).removesuffix("\n}\n") + ",\n"
     text = body.encode() + _last_line(hashlib.sha256(body.encode()).hexdigest())
@@ -56,11 +57,11 @@ def check(folder: Path, *, needed: Iterable[str], allowed: re.Pattern[str], dige
     for name, entry in files.items():
         size = _plain_file(folder / name).st_size
         if size != entry["size"]:
-            raise SealError(f"{folder / name} is damaged: expected {entry['size']} bytes, found {size}")
+            raise SealError(f"{folder / name} is damaged: expected {entry['size']} bytes, found {size}{_REMEDY}")
     for name, found in _digests(folder, list(files) if digests else []).items():
         expected = files[name]["sha256"]
         if found != expected:
-            raise SealError(f"{folder / name} is damaged: expected sha256 {expected}, found {found}")
+            raise SealError(f"{folder / name} is damaged: expected sha256 {expected}, found {found}{_REMEDY}")
     for name in files:
         if name.endswith(".safetensors"):
             _check_header(folder / name)
@@ -69,10 +70,8 @@ def check(folder: Path, *, needed: Iterable[str], allowed: re.Pattern[str], dige
 
 def text(path: Path, *, limit: int) -> str:
     """The text of a plain file of at most `limit` bytes. Raises SealError."""
-    if _plain_file(path).st_size > limit:
-        raise SealError(f"{path} has more than {limit} bytes; it is not what its name says")
     try:
-        return path.read_bytes().decode()
+        return _bytes(path, limit).decode()
     except UnicodeDecodeError as error:
         raise SealError(f"{path} is damaged: not UTF-8 at byte {error.start}") from None
 
@@ -86,6 +85,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+_REMEDY = "; copy it again, or use an older step"
 _MANIFEST_LIMIT = 2**20
 _HEADER_LIMIT = 4 * 2**20  # about 25,000 tensors; a header is parsed in Python, so this bounds the time
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -102,8 +102,11 @@ def _last_line(digest: str) -> bytes:
 
 
 def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of the interpreter
-        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+    try:
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets go of the interpreter
+            return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+    except RuntimeError:  # no room for one more thread
+        return {name: _digest(folder / name) for name in names}
 
 
 def _digest(path: Path) -> str:
@@ -112,17 +115,19 @@ def _digest(path: Path) -> str:
 
 
 def _manifest(path: Path, needed: Iterable[str], allowed: re.Pattern[str]) -> dict[str, Any]:
-    raw = text(path, limit=_MANIFEST_LIMIT).encode()
+    raw = _bytes(path, _MANIFEST_LIMIT)
     body, last = raw[: -len(_last_line("0" * 64))], raw[-len(_last_line("0" * 64)) :]
     digest = hashlib.sha256(body).hexdigest()
     if last != _last_line(digest):
         recorded = re.search(rb"[0-9a-f]{64}", last)
         expected = f"sha256 {recorded[0].decode()}" if recorded else "a digest at its end"
-        raise SealError(f"{path} is damaged: expected {expected}, found {digest}")
+        raise SealError(f"{path} is damaged: expected {expected}, found {digest}{_REMEDY}")
     manifest = plain.parse(raw.decode(), depth=8)
     version = manifest.get("format")
     if version != FORMAT or isinstance(version, bool):
-        remedy = "upgrade esolm" if isinstance(version, int) and version > FORMAT else "it was not written by esolm"
+        remedy = "it was not written by esolm"
+        if type(version) is int:
+            remedy = "upgrade esolm" if version > FORMAT else "read it with the older esolm that wrote it"
         raise SealError(f"{path} has format {version!r}, this version reads format {FORMAT}; {remedy}")
     files = manifest.get("files")
     if type(manifest.get("step")) is not int or manifest["step"] < 0 or not isinstance(files, dict):
@@ -144,11 +149,17 @@ def _check_entry(path: Path, name: str, entry: object) -> None:
     raise SealError(f"{path} is not a manifest: {name} needs a size and a sha256")
 
 
+def _bytes(path: Path, limit: int) -> bytes:
+    if _plain_file(path).st_size > limit:
+        raise SealError(f"{path} has more than {limit} bytes; it is not what its name says")
+    return path.read_bytes()
+
+
 def _plain_file(path: Path) -> os.stat_result:
     try:
         found = path.lstat()
     except FileNotFoundError:
-        raise SealError(f"{path} is missing") from None
+        raise SealError(f"{path} is missing{_REMEDY}") from None
     if not stat.S_ISREG(found.st_mode):
         raise SealError(f"{path} is not a plain file; a link must be replaced by the file itself")
     return found

@@ -5,10 +5,14 @@
 
 A second SIGINT always ends the process at once: in training as KeyboardInterrupt, and around a command even in the
 midst of a long matrix product, when Python runs no handlers. Only the main thread listens.
+
+Python drops what is raised inside a destructor or a weak reference's callback, and a handler may run there. Around a
+command such a signal is sent once more, so that none is lost.
 """
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +25,12 @@ INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells count them
 
 class Terminated(BaseException):
     """A command that has nothing to save was asked to stop. Like KeyboardInterrupt, no `except Exception` holds it."""
+
+
+class _Again:
+    """How many SIGINTs we sent ourselves, because Python had dropped the first."""
+
+    interrupts = 0
 
 
 class Stop:
@@ -54,8 +64,38 @@ def leaving() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    with _handled({number: leave for number in SIGNALS if number != signal.SIGINT}), _second_interrupt_ends():
+    again = _Again()
+    handlers: dict[signal.Signals, object] = {number: leave for number in SIGNALS if number != signal.SIGINT}
+    with _handled(handlers), _second_interrupt_ends(again), _none_lost(again):
         yield
+
+
+@contextmanager
+def _none_lost(again: _Again) -> Iterator[None]:
+    """A signal whose exception was raised where Python drops exceptions is sent once more, and nothing is printed."""
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            again.interrupts += 1
+            _send_soon(signal.SIGINT)
+        elif isinstance(dropped.exc_value, Terminated):
+            _send_soon(signal.SIGTERM)
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _send_soon(number: signal.Signals) -> None:
+    """From another thread: sent at once, its handler would run inside the hook, where Python drops exceptions too."""
+    sending = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    sending.daemon = True
+    sending.start()
 
 
 @contextmanager
@@ -72,8 +112,8 @@ def _handled(handlers: "dict[signal.Signals, object]") -> Iterator[None]:
 
 
 @contextmanager
-def _second_interrupt_ends() -> Iterator[None]:
-    """A thread that counts interrupts as the system delivers them, whatever the main thread is doing."""
+def _second_interrupt_ends(again: _Again) -> Iterator[None]:
+    """A thread that counts interrupts as the system delivers them, whatever the main thread is doing; not our own."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -85,7 +125,7 @@ def _second_interrupt_ends() -> Iterator[None]:
         interrupts = 0
         while number := os.read(reading, 1):
             interrupts += number[0] == signal.SIGINT
-            if interrupts == 2:
+            if interrupts - again.interrupts == 2:
                 os.write(2, b"esolm: interrupted\n")
                 os._exit(INTERRUPTED)
 

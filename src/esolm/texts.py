@@ -4,6 +4,7 @@ It joins a model, a watch and a file; it decides nothing about how a text is wri
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,11 +14,14 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import track
 
+from esolm import corpus
 from esolm.algorithms import Request
 from esolm.model import Model, seed_of
+from esolm.plain import FileError
 from esolm.watch import Watch
 
 _AT_ONCE = 16
+_DRAWING = ("seed", "top_p", "top_k", "temperature", "alpha_0", "num_steps")  # of a line of `as_json`
 
 
 def requests_of(first: Request, num: int, seed: int) -> list[Request]:
@@ -74,6 +78,27 @@ def as_json(model: Model, requests: Sequence[Request], path: Path | None, *, con
             file.close()
 
 
+def drawing_of(source: str | Path) -> dict[str, Any]:
+    """How the texts of a file were drawn, as far as each of its lines says so: those of `as_json` do.
+
+    One value of each option or, where lines differ, all of them. Seeds that one seed gave are that one.
+    """
+    lines, found = list(corpus.extras(source, _DRAWING)), {}
+    for name in _DRAWING:
+        values = [line[name] for line in lines if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
+        if lines and len(values) == len(lines):
+            distinct = sorted(set(values))
+            distinct = _asked_with(distinct) if name == "seed" else distinct
+            found[name] = distinct[0] if len(distinct) == 1 else distinct
+    return found
+
+
+def _asked_with(seeds: list[Any]) -> list[Any]:
+    """The seed that gave these to texts 0, 1, 2, ..., or these if there is none."""
+    seed = int(seeds[0]) // seed_of(1, 0)
+    return [seed] if seeds == [number + seed * seed_of(1, 0) for number in range(len(seeds))] else seeds
+
+
 def _opened(path: Path) -> TextIO:
     """A new file, or one that is empty; never one with something in it."""
     if path.is_file() and path.stat().st_size:
@@ -81,7 +106,8 @@ def _opened(path: Path) -> TextIO:
     try:
         return path.open("w", encoding="utf-8")
     except OSError as problem:
-        raise ValueError(f"cannot write to {path}: {(problem.strerror or str(problem)).lower()}") from None
+        why = (problem.strerror or str(problem)).lower()
+        raise FileError(f"cannot write to {path}: {why}; choose a file in a folder that can be written") from None
 
 
 def _records(model: Model, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
@@ -94,4 +120,9 @@ def _records(model: Model, requests: Sequence[Request]) -> Iterator[dict[str, An
                 "tokens": tokens,
                 "seed": request.seed,
                 "nfe": written.nfe,
+                "temperature": request.draw.temperature,
+                "top_k": request.draw.top_k,
+                "top_p": request.draw.top_p,
+                "alpha_0": request.alpha_0,
+                "num_steps": request.num_steps,
             }

@@ -19,6 +19,8 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from esolm.plain import FileError
+
 END, MASK = "<|endoftext|>", "<|mask|>"
 KNOWN_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 _GPT2_FILES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -87,7 +89,7 @@ class Tokenizer:
         """From a tokenizer.json, from GPT-2's two files (encoder.json and vocab.bpe, or vocab.json and merges.txt: name
         either), or from a folder that holds one or the others.
 
-        ValueError if there is none or it cannot be read.
+        FileError if there is none or it cannot be read.
         """
         path = Path(path)
         folder = path if path.is_dir() else path.parent
@@ -99,23 +101,25 @@ class Tokenizer:
                 return _gpt2(folder / encoder, folder / merges)
         if path.is_dir() or (pairs and path.is_file()):
             files = ", or ".join(" and ".join(pair) for pair in pairs)
-            raise ValueError(f"there is no tokenizer in {folder}: it needs tokenizer.json, or {files}")
+            raise FileError(f"there is no tokenizer in {folder}: it needs tokenizer.json, or {files}")
         if not path.is_file():
-            raise ValueError(f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
+            raise FileError(f"there is no tokenizer at {path}: give a tokenizer.json or its folder")
         try:
             return Tokenizer.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as problem:
-            raise ValueError(f"cannot read the tokenizer {path}: {problem}") from None
+            raise FileError(
+                f"cannot read the tokenizer {path}: {problem}; give a tokenizer.json or its folder"
+            ) from None
 
     @staticmethod
     def from_json(text: str) -> "Tokenizer":
-        """From what `to_json` gave, or any other tokenizer.json. ValueError if it is not one."""
+        """From what `to_json` gave, or any other tokenizer.json. FileError if it is not one."""
         try:
             backend = Backend.from_str(text)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as problem:  # the library raises plain Exception, and panics are not even that
-            raise ValueError(f"this is no tokenizer.json: {problem}") from None
+            raise FileError(f"this is no tokenizer.json: {problem}") from None
         return Tokenizer(backend)
 
     def to_json(self) -> str:
@@ -237,7 +241,7 @@ def _gpt2(encoder: Path, merges: Path) -> Tokenizer:
     try:
         return Tokenizer(_byte_level(models.BPE.from_file(str(encoder), str(merges))))
     except Exception as problem:  # the library raises plain Exception
-        raise ValueError(f"cannot read the tokenizer {encoder} with {merges.name}: {problem}") from None
+        raise FileError(f"cannot read the tokenizer {encoder} with {merges.name}: {problem}") from None
 
 
 def _unpaired(texts: Sequence[str]) -> str:

@@ -12,73 +12,32 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from esolm import checkpoint, guard, inspection, journal, likelihood, memory, objective, plain
-from esolm.algorithms.algorithm import Algorithm, Batch, View
-from esolm.calibrate import bf16_pays
-from esolm.data import Loader
-from esolm.denoiser import Config, Denoiser
-from esolm.journal import Journal
+from esolm import checkpoint, guard, inspection, journal, likelihood, memory, objective
+from esolm.algorithms.algorithm import Batch, Phase, View
+from esolm.data import Batches
+from esolm.denoiser import Denoiser
+from esolm.journal import Journal, Silent
 from esolm.noise import Noise, generator
-from esolm.optim import Config as OptimConfig
-from esolm.optim import NotFinite, Optimizer, WeightAverage
-from esolm.signals import Stop, listening
+from esolm.optim import NotFinite
+from esolm.ranks import ALONE, Agreed, Ranks
+from esolm.run import Run as Run
+from esolm.run import description as description
+from esolm.saving import Saving
+from esolm.signals import listening
 from esolm.sinks import Sink
+from esolm.state import State, in_bf16
 from esolm.tally import Levels, Tally, peak_memory
 from esolm.tokenizer import Tokenizer
 
 _VALIDATED_AT_ONCE = 16
-_TRIES = 10  # a save that failed is tried again ten times before the next one is due, at most
 _DROPOUT = 1000  # purpose of its random numbers, apart from those of the algorithms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training run: the method, the network, the optimizer, and how long and how often."""
-
-    algorithm: Algorithm
-    network: Config
-    num_steps: int
-    batch_size: int = 512
-    micro_batch: int | None = None  # texts that go through the network at once; None: the whole batch
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; weights stay float32
-    seed: int = 0
-    minutes: float | None = None  # stop and save after this long, whatever the step
-    log_every: int = 10
-    validate_every: int = 1000
-    validation_texts: int = 256
-    save_every: int = 1000
-    keep: int = 3
-    sample_every: int | None = None  # steps; texts of the averaged weights for the log, always with the same seeds
-    sample_texts: int = 2
-
-    def __post_init__(self) -> None:
-        least = dict.fromkeys(
-            ("num_steps", "batch_size", "log_every", "validate_every", "save_every", "keep", "sample_texts"), 1
-        )
-        problems = [
-            f"{name} must be at least {low}, got {getattr(self, name)}"
-            for name, low in {**least, "validation_texts": 2}.items()
-            if getattr(self, name) < low
-        ]
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            problems.append(f"micro_batch must lie in [1, batch_size = {self.batch_size}], got {self.micro_batch}")
-        if self.sample_every is not None and self.sample_every < 1:
-            problems.append(f"sample_every must be at least 1, got {self.sample_every}: leave it out for no samples")
-        if self.minutes is not None and not self.minutes > 0:
-            problems.append(f"minutes must be positive, got {self.minutes}: leave it out for no limit")
-        if problems:
-            raise ValueError("; ".join(problems))
-        self.algorithm.check(self.network)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,45 +56,53 @@ def train(
     folder: Path,
     *,
     tokenizer: Tokenizer,
-    data: Loader,
-    validation: Loader | None = None,
+    data: Batches,
+    validation: Batches | None = None,
     resume: bool = False,
     start: Path | None = None,
     origin: Mapping[str, Any] | None = None,
     sinks: Sequence[Sink] = (),
     device: str | torch.device = "cpu",
     console: Console | None = None,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Train, with checkpoints and the journal in `folder`.
 
     `resume` goes on from the newest checkpoint there; `start` takes the weights of another run's (to continue it or to
     fine-tune). `origin` is noted in every checkpoint: where the data came from. `sinks`: where figures go beside the
     journal, as TensorBoard. SIGINT (Ctrl-C), SIGTERM and SIGUSR1 save and return.
+    `ranks`: the processes that train together, as `ranks.joined` gives them; each calls this with the same arguments.
     ValueError for what does not fit together, Diverged, TooLarge, SaveError (only if the last save fails).
     """
-    _check(run, tokenizer, folder, resume=resume, start=start)
-    memory.refuse_too_large(run.network, run.optim, torch.device(device))
-    with listening() as stop:
-        state = _State(run, tokenizer, torch.device(device), origin)
+    with ranks.together():
+        _check(run, tokenizer, folder, resume=resume, start=start)
+        memory.refuse_too_large(run.network, run.optim, torch.device(device), parts=ranks.size if run.shard else 1)
+    with listening() as signal:
+        stop: object = signal if ranks.alone else Agreed(ranks, signal)
+        state = State(run, tokenizer, torch.device(device), origin, ranks)
         if start is not None:
             state.take_weights(start)
         if resume:
             state.restore(folder)
-        else:
+        elif ranks.leads:
             journal.set_aside(folder)
-        with Journal(
-            folder,
-            total=run.num_steps,
-            tokens_per_step=run.batch_size * run.network.length,
-            resume=state.step if resume else None,
-            sinks=sinks,
-            facts={"method": repr(run.algorithm), "parameters": state.denoiser.num_parameters, "seed": run.seed},
-            console=console,
-        ) as log:
+        with ranks.together():
+            log = (Journal if ranks.leads else Silent)(
+                folder,
+                total=run.num_steps,
+                tokens_per_step=run.batch_size * run.network.length,
+                resume=state.step if resume else None,
+                sinks=sinks,
+                facts=state.facts(),
+                console=console,
+            )
+        with log:
             log.begin()
-            _loop(state, folder, data, validation, log, stop)
-            validated = None if validation is None or stop else _validate(state, validation, log, stop)
-            _save(state, folder, log, last=True)
+            saving = Saving(folder, run.save_every, run.keep, lambda *told: log.text(state.step, *told), ranks)
+            with saving:
+                _loop(state, saving, data, validation, log, stop)
+                validated = None if validation is None or stop else _validate(state, validation, log, stop)
+                _save(state, saving, last=True)
             log.end("interrupted" if stop else "finished")
     return Outcome(
         path=folder / f"step-{state.step:09d}",
@@ -146,16 +113,16 @@ def train(
     )
 
 
-def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None, log: Journal, stop: Stop) -> None:
+def _loop(state: State, saving: Saving, data: Batches, validation: Batches | None, log: Journal, stop: object) -> None:
     """Steps until the run is over, out of time or asked to stop."""
-    run, began = state.run, time.monotonic()
-    tally = Tally(run.batch_size * run.network.length)
-    refusals, unsaved = guard.Refusals(), False
+    run, ranks, began = state.run, state.ranks, time.monotonic()
+    rows = ranks.rows(run.batch_size)
+    tally, refusals = Tally(run.batch_size * run.network.length), guard.Refusals()
     while state.step < run.num_steps and not stop:
-        if run.minutes is not None and time.monotonic() - began > 60 * run.minutes:
+        if run.minutes is not None and ranks.agree(time.monotonic() - began > 60 * run.minutes):
             break
         started, rate = time.monotonic(), run.optim.schedule.rate(state.step, run.num_steps)
-        terms, levels, problem = _learned(state, data.batch(state.step, 0, run.batch_size, run.batch_size), log)
+        terms, levels, problem = _learned(state, data.batch(state.step, *rows, run.batch_size), saving)
         try:
             if problem is not None:
                 raise problem
@@ -176,47 +143,62 @@ def _loop(state: "_State", folder: Path, data: Loader, validation: Loader | None
             break  # the last validation and the last checkpoint are the caller's
         if validation is not None and state.step % run.validate_every == 0:
             _validate(state, validation, log, stop)
-        if state.step % run.save_every == 0 or (unsaved and state.step % max(1, run.save_every // _TRIES) == 0):
-            unsaved = not _save(state, folder, log, last=False)
+        if saving.due(state.step):
+            _save(state, saving, last=False)
+        saving.look()
 
 
-def _learned(state: "_State", batch: Batch, log: Journal) -> tuple[dict[str, float], Levels, NotFinite | None]:
+def _learned(state: State, batch: Batch, saving: Saving) -> tuple[dict[str, float], Levels, NotFinite | None]:
     """Gradients of a batch, in micro batches that fit into memory; and the first weight or loss that is not finite."""
+    ranks = state.ranks
     while True:
-        levels = Levels()
+        levels, terms, problem = Levels(), {}, None
         try:
-            with autocast(state.run, state.denoiser.device):
-                terms = learn(state.working, state.denoiser, batch, state.step, levels)
-            break
+            with autocast(state.working, state.denoiser.device):
+                terms = learn(state.working, state.denoiser, batch, state.step, levels, ranks)
         except (MemoryError, RuntimeError) as error:
-            if not memory.ran_out(error):
-                raise
+            if ranks.sharded or not memory.ran_out(error):
+                raise  # in shards the others wait in the middle of a pass: all end, and begin again
             problem = error.with_traceback(None)  # frames hold what filled the memory
+        if not ranks.agree(problem is not None):
+            break
         state.optimizer.forget()
-        state.halve(problem)
+        if saving.forget():
+            continue  # the copy of the last save may be what was too much
+        state.halve(problem or MemoryError("on another rank"))
         words = f"out of memory: going on with micro batches of {state.micro_batch}, the same batch and the same losses"
-        log.text(state.step, "warning", words)
-    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
-    return terms, levels, bad or guard.bad_loss(terms, lambda: views_of(state.working, batch, state.step))
+        saving.tell("warning", words)
+    bad = guard.bad_weight(state.weights())
+    bad = bad or guard.bad_loss(terms, lambda: views_of(state.working, batch, state.step, ranks))
+    bad = guard.everywhere(bad, ranks)
+    if bad is None:
+        ranks.reduce(state.denoiser)
+    names, sums = list(terms), ranks.sums([*terms.values(), *levels.sums.flatten().tolist()])
+    levels.sums.copy_(torch.tensor(sums[len(names) :], dtype=torch.float64).view_as(levels.sums))
+    return dict(zip(names, sums, strict=False)), levels, bad
 
 
-def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None) -> dict[str, float]:
-    """Gradients of the loss of one global batch, left in the parameters; returns each term in nats a token.
+def learn(
+    run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | None = None, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Gradients of the loss of this rank's rows of a global batch (alone: all rows), left in the parameters; returns
+    what they add to each term in nats a token.
 
     A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient but by
     what dropout drops, which is drawn for a micro batch as a whole. `levels` takes the losses by noise level.
     """
-    device, views = model.embed.weight.device, views_of(run, batch, step)
-    tokens: Counter[str] = Counter()
-    for view in views:
-        tokens[view.term] += view.num_tokens
+    device, views = model.cos.device, views_of(run, batch, step, ranks)
+    tokens = _tokens_by_term(views, ranks)
     terms = dict.fromkeys(tokens, 0.0)
-    dropped = torch.Generator(device).manual_seed(int(generator(run.seed, step, _DROPOUT).integers(2**63)))
-    for view in views:
-        if not tokens[view.term]:
-            continue  # nothing but prompts and padding
+    key = (run.seed, step, _DROPOUT, ranks.rank) if ranks.rank else (run.seed, step, _DROPOUT)
+    dropped = torch.Generator(device).manual_seed(int(generator(*key).integers(2**63)))
+    learned = [view for view in views if tokens[view.term]]  # the others hold nothing but prompts and padding
+    passes = ranks.most(len(learned)) if ranks.sharded else len(learned)
+    idle = [replace(views[0], weights=torch.zeros_like(views[0].weights))] * (passes - len(learned))
+    for place, view in enumerate([*learned, *idle]):  # all ranks gather weights equally often
+        ranks.accumulate(model, last=place + 1 == passes)
         loss, weighted = objective.of_view(model, view.to(device), dropped)
-        loss = loss / tokens[view.term]
+        loss = loss / (tokens[view.term] or 1)
         loss.backward()  # type: ignore[no-untyped-call]
         terms[view.term] += loss.item()
         if levels is not None:
@@ -226,126 +208,38 @@ def learn(run: Run, model: Denoiser, batch: Batch, step: int, levels: Levels | N
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
     """Matrix products in bf16 where the run wants them so, or where they are faster and it leaves the choice."""
-    bf16 = run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bf16(run, device))
 
 
-def views_of(run: Run, batch: Batch, step: int) -> list[View]:
-    """What a step shows the denoiser, one pass each: the terms of every micro batch."""
-    total, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+def _tokens_by_term(views: Sequence[View], ranks: Ranks) -> dict[str, float]:
+    """The scored tokens of each term in the global batch, of the terms that some rank has."""
+    own: Counter[str] = Counter()
+    for view in views:
+        own[view.term] += view.num_tokens
+    found = ranks.gather([own.get(term, -1) for term in get_args(Phase)])  # -1: not in this rank's rows
+    return {
+        term: sum(max(0, count) for count in counts)
+        for term, *counts in zip(get_args(Phase), *found, strict=True)
+        if max(counts) >= 0
+    }
+
+
+def views_of(run: Run, batch: Batch, step: int, ranks: Ranks = ALONE) -> list[View]:
+    """What a step shows the denoiser, one pass each: the terms of every micro batch of this rank's rows."""
+    count, micro = len(batch.tokens), run.micro_batch or len(batch.tokens)
+    first, total = (0, count) if ranks.alone else (ranks.rows(run.batch_size)[0], run.batch_size)
     views: list[View] = []
-    for at in range(0, total, micro):
-        stop = min(at + micro, total)
-        noise = Noise(seed=run.seed, step=step, start=at, stop=stop, total=total)
+    for at in range(0, count, micro):
+        stop = min(at + micro, count)
+        noise = Noise(seed=run.seed, step=step, start=first + at, stop=first + stop, total=total)
         views += run.algorithm.views(batch[at:stop], noise, run.network.mask_id)
     return views
-
-
-class _State:
-    """What changes as a run goes on, and what its checkpoints hold."""
-
-    def __init__(self, run: Run, tokenizer: Tokenizer, device: torch.device, origin: Mapping[str, Any] | None) -> None:
-        self.run = run
-        self.tokenizer = tokenizer
-        self.origin = dict(origin or {})
-        self.working = run  # the run with micro batches as small as memory wants them
-        self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed)).to(device)
-        self.optimizer = Optimizer(self.denoiser, run.optim)
-        decay = run.optim.average
-        self.average = None if decay is None else WeightAverage(self.denoiser, decay)
-        self.step = 0
-        self._before, self._since = 0.0, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Time spent, interruptions left out."""
-        return self._before + time.monotonic() - self._since
-
-    @property
-    def micro_batch(self) -> int:
-        return self.working.micro_batch or self.run.batch_size
-
-    def halve(self, problem: BaseException) -> None:
-        """Smaller micro batches from now on. TooLarge if they are of one text already."""
-        if self.micro_batch == 1:
-            raise memory.one_text_too_large(problem, self.denoiser.device) from None
-        self.working = replace(self.working, micro_batch=self.micro_batch // 2)
-        if self.denoiser.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def skip(self) -> None:
-        """A step without an update."""
-        self.optimizer.forget()
-        self.step += 1
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the network has the averaged weights, where there are any."""
-        return self.average.swapped() if self.average else nullcontext()
-
-    def update(self, rate: float) -> float:
-        """Clip, update, average; returns the norm that the gradient had. Raises NotFinite."""
-        norm = self.optimizer.clip()
-        self.optimizer.update(rate)
-        self.step += 1
-        if self.average is not None:
-            self.average.update(self.step)
-        return norm
-
-    def snapshot(self) -> checkpoint.Checkpoint:
-        return checkpoint.Checkpoint(
-            step=self.step,
-            model=dict(self.denoiser.named_parameters()),
-            ema=self.average.state() if self.average else None,
-            optim=self.optimizer.state(),
-            config=description(self.run),
-            tokenizer_json=self.tokenizer.to_json(),
-            state={"seconds": self.seconds, "origin": self.origin, "micro_batch": self.working.micro_batch},
-        )
-
-    def restore(self, folder: Path) -> None:
-        saved = checkpoint.load(folder)
-        if saved.config["network"] != plain.to_plain(self.run.network):
-            raise ValueError(f"the run in {folder} has another network: resume it with the options it began with")
-        self._write(saved.model)
-        self.optimizer.load(saved.optim)
-        if self.average is not None and saved.ema is not None:
-            self.average.load(saved.ema)
-        self.working = replace(self.run, micro_batch=saved.state.get("micro_batch", self.run.micro_batch))
-        self.step = saved.step
-        self._before, self._since = float(saved.state["seconds"]), time.monotonic()
-
-    def take_weights(self, path: Path) -> None:
-        """Begin with the (averaged) weights of a checkpoint of the same network and tokenizer."""
-        saved = checkpoint.load(path, optimizer=False)
-        theirs, ours = saved.config["network"], plain.to_plain(self.run.network)
-        for name in ours:
-            if name != "dropout" and theirs.get(name) != ours[name]:
-                raise ValueError(f"{path} has {name} = {theirs.get(name)}, this run {ours[name]}: choose the same")
-        if saved.tokenizer_json != self.tokenizer.to_json():
-            raise ValueError(f"{path} was trained with another tokenizer: train with its own (tokenizer.json in it)")
-        self._write(saved.ema or saved.model)
-        if self.average is not None:
-            self.average = WeightAverage(self.denoiser, self.average.decay)
-
-    @torch.no_grad()
-    def _write(self, weights: Mapping[str, Tensor]) -> None:
-        own = dict(self.denoiser.named_parameters())
-        if own.keys() != weights.keys():
-            raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[0]} is in one only")
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
 
 
 def refuse_used(folder: Path) -> None:
     """Raise ValueError if a folder holds a run already."""
     if folder.is_dir() and checkpoint.newest(folder, warn=lambda _: None) is not None:
         raise ValueError(f"{folder} already holds a run: resume it, or choose another folder")
-
-
-def description(run: Run) -> dict[str, Any]:
-    """What a checkpoint records of a run: enough to build the model, and the run itself."""
-    data: dict[str, Any] = plain.to_plain(run)
-    return {"algorithm": plain.to_plain(run)["algorithm"], "network": data["network"], "run": data}
 
 
 def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start: Path | None) -> None:
@@ -360,39 +254,35 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
         refuse_used(folder)
 
 
-def _validate(state: _State, validation: Loader, log: Journal, stop: Stop) -> likelihood.Estimate | None:
+def _validate(state: State, validation: Batches, log: Journal, stop: object) -> likelihood.Estimate | None:
     """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
     run, at_once = state.run, min(_VALIDATED_AT_ONCE, state.run.validation_texts)
-    texts = itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once))
-    with state.averaged(), autocast(state.run, state.denoiser.device):
+    texts = list(itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once)))
+    with state.averaged(), autocast(state.working, state.denoiser.device):
         found = inspection.validation(state.denoiser, run.algorithm, texts, run.seed, stop)
+        state.ranks.rest(state.denoiser)
     if found is not None:
+        num_bytes, finite = inspection.num_bytes(state.tokenizer, texts), found.nats_per_token < float("inf")
+        state.validation = found.nats_per_token if finite else None
+        state.bits_per_byte = found.bits_per_byte(num_bytes) if finite and num_bytes else None
         log.write(state.step, validation=found.nats_per_token, validation_error=found.standard_error)
     return found
 
 
-def _sample(state: _State, log: Journal, stop: Stop) -> None:
+def _sample(state: State, log: Journal, stop: object) -> None:
     """Texts by the averaged weights, into the log."""
-    run = state.run
     with state.averaged():
-        texts = inspection.samples(state.denoiser, run.algorithm, state.tokenizer, run.sample_texts, stop)
+        texts = inspection.samples(state.denoiser, state.run.algorithm, state.tokenizer, state.run.sample_texts, stop)
     for text in texts:
         log.text(state.step, "sample", text)
 
 
-def _save(state: _State, folder: Path, log: Journal, *, last: bool) -> bool:
-    """Save; if that fails in mid-run (a full disk), say so and train on: it is tried again soon."""
-    bad = guard.bad_weight(dict(state.denoiser.named_parameters()))
-    if bad is not None:
-        log.text(state.step, "warning", f"not saved: {bad}; the checkpoints from before are kept")
-        if last:
-            raise guard.diverged(bad, state.step)
-        return False
-    try:
-        checkpoint.save(folder, state.snapshot(), keep=state.run.keep)
-    except checkpoint.SaveError as problem:
-        if last:
-            raise
-        log.text(state.step, "warning", f"{problem}; training goes on and tries again")
-        return False
-    return True
+def _save(state: State, saving: Saving, *, last: bool) -> None:
+    """Save unless a weight is not finite. In mid-run training goes on meanwhile, also if the disk is full."""
+    bad = guard.everywhere(guard.bad_weight(state.weights()), state.ranks)
+    if bad is None:
+        (saving.finish if last else saving.begin)(state.snapshot())
+        return
+    saving.refuse(bad)
+    if last:
+        raise guard.diverged(bad, state.step)

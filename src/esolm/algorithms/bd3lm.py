@@ -57,19 +57,18 @@ class BD3LM(Algorithm):
         self._num_blocks(config.length)
 
     def views(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        index = self._index(batch, noise)
-        blocks = index.shape[1]
-        t = stratified_times(noise.uniform(_TIMES, blocks), index, noise.total * blocks)
+        rows, block = self._places(batch, noise)
+        blocks = block.shape[1]
+        t = stratified_times(noise.uniform(_TIMES, blocks), rows * blocks + block, noise.total * blocks)
         return (self._view(batch, t, noise, mask_id),)
 
     def bound(self, batch: Batch, noise: Noise, mask_id: int) -> tuple[View, ...]:
-        return (self._view(batch, spread_times(noise.shared(_TIMES), self._index(batch, noise)), noise, mask_id),)
+        return (self._view(batch, spread_times(noise.shared(_TIMES), *self._places(batch, noise)), noise, mask_id),)
 
-    def _index(self, batch: Batch, noise: Noise) -> Float64[Tensor, "batch block"]:
-        """Each block's number among all blocks of the global batch: every block has a time of its own."""
-        blocks = self._num_blocks(batch.tokens.shape[1])
+    def _places(self, batch: Batch, noise: Noise) -> tuple[Float64[Tensor, "batch 1"], Float64[Tensor, "1 block"]]:
+        """Each text's number in the global batch, and each block's in its text: every block has a time of its own."""
         rows = torch.arange(noise.start, noise.stop, dtype=torch.float64)[:, None]
-        return rows * blocks + torch.arange(blocks, dtype=torch.float64)
+        return rows, torch.arange(self._num_blocks(batch.tokens.shape[1]), dtype=torch.float64)[None]
 
     def _view(self, batch: Batch, t: Float64[Tensor, "batch block"], noise: Noise, mask_id: int) -> View:
         mask_probability = t.repeat_interleave(self.block_size, dim=1)

@@ -19,7 +19,7 @@ def check(path: Path) -> None:
     except ImportError:
         raise ValueError("a picture needs matplotlib: pip install 'esolm[plot]'") from None
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"a picture ends in {', '.join(_FORMATS)}, got {path.name!r}")
+        raise ValueError(f"a picture must end in {', '.join(_FORMATS)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the picture: make it first")
 

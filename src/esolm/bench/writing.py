@@ -1,7 +1,8 @@
 """How fast each method writes, through the sampler that users run, beside what this machine allows.
 
     step      all of it: rows, network, drawing with its truncation, bookkeeping      (a text's seconds / evaluations)
-    kernels   the matrix products of such a step alone: weights, and attention over what is cached on average
+    kernels   the matrix products of such a step alone, by torch's kernels of that dtype: weights, and attention over
+              what is cached on average
     bound     the bytes of weights that a step reads, at the bandwidth of a large copy
 
 All three are measured in one run, in turns, medians of several; the weights are random, since they change no speed. It
@@ -9,8 +10,7 @@ writes no text worth reading and measures no quality.
 """
 
 import statistics
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,13 +20,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor, nn
 
 from esolm import sample
 from esolm.algorithms import AR, Algorithm, Request
-from esolm.calibrate import Machine, machine
+from esolm.calibrate import Machine, machine, now
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
-from esolm.inference import Inference, Network, prepared
+from esolm.engine import Engine
+from esolm.inference import Inference, prepared
 from esolm.noise import generator
 from esolm.products import Chosen, Dtype, chosen
 
@@ -104,6 +106,8 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if too_few := [setting.batch for setting in settings if setting.batch < 1]:
+        raise ValueError(f"batch must be at least 1, got {too_few[0]}")
     found = machine()
     rows: list[Row] = []
     for number, setting in enumerate(settings):
@@ -169,9 +173,8 @@ class _Timing:
         self.times: list[float] = []
         self.kernel_times: list[float] = []
         self.evaluations: list[int] = []
-        self._kernels = _Kernels(
-            self.network, fed=_whole(fed), drawn=_whole(drawn), read=_whole(read), batch=setting.batch
-        )
+        kernels = Inference(denoiser, self.dtype) if isinstance(self.network, Engine) else self.network
+        self._kernels = _Kernels(kernels, fed=_whole(fed), drawn=_whole(drawn), read=_whole(read), batch=setting.batch)
         self._write(0, at_most=_WARM_STEPS)
 
     def take(self, turn: int) -> None:
@@ -200,13 +203,13 @@ class _Timing:
         """Seconds of a batch of texts, and the evaluations they took."""
         requests = [self._request(turn * self.setting.batch + text) for text in range(self.setting.batch)]
         device = self.network.device
-        began = _now(device)
+        began = now(device)
         writer = sample.Writer(self.network, self.method, requests)
         count = 0
         while writer.active and count != at_most:
             writer.advance()
             count += 1
-        return _now(device) - began, count
+        return now(device) - began, count
 
     def _request(self, seed: int) -> Request:
         steps = None if isinstance(self.method, AR) else self.setting.num_steps  # it has no such option
@@ -217,8 +220,9 @@ class _Kernels:
     """The matrix products of one evaluation and nothing else: every weight once, in the order of the network, and
     attention of its rows over what they read in every layer."""
 
-    def __init__(self, network: Network, *, batch: int, fed: int, drawn: int, read: int) -> None:
+    def __init__(self, network: Denoiser | Inference, *, batch: int, fed: int, drawn: int, read: int) -> None:
         config, rows = network.config, torch.ones(batch, fed, 1, device=network.device)
+        parts: list[tuple[Callable[[Tensor], Tensor], int, int]]
         if isinstance(network, Inference):
             parts = [(product, product.inputs, product.nbytes) for product in network.products]
         else:
@@ -238,20 +242,13 @@ class _Kernels:
         """Median of a few passes."""
         times = []
         for _ in range(_KERNEL_PASSES):
-            began = _now(self._q.device)
+            began = now(self._q.device)
             for part, x in self._calls:
                 part(x)
             for _ in range(self._layers):
                 F.scaled_dot_product_attention(self._q, self._k, self._k, enable_gqa=self._grouped)
-            times.append(_now(self._q.device) - began)
+            times.append(now(self._q.device) - began)
         return statistics.median(times)
-
-
-def _now(device: torch.device) -> float:
-    """The time, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _whole(mean: float) -> int:

@@ -20,6 +20,8 @@ from esolm.cli.judging import family, frontier, judge
 from esolm.cli.learning import tokenize, train
 from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
+from esolm.cli.planning import plan
+from esolm.cli.sharing import export, push
 from esolm.cli.timing import bench, bench_training
 from esolm.cli.watching import plot, runs
 from esolm.cli.writing import infill, sample
@@ -28,6 +30,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
     "tokenize": tokenize,
+    "plan": plan,
     "sample": sample,
     "infill": infill,
     "evaluate": evaluate,
@@ -39,6 +42,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "runs": runs,
     "plot": plot,
     "verify": verify,
+    "push": push,
+    "export": export,
     "bench": bench,
     "bench-training": bench_training,
 }
@@ -46,7 +51,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors of the user are one line on stderr, and an exit code."""
-    name, *rest = _defined(sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    name, *rest = defined(sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if name == "help":
         name, rest = [*rest, "--help"][0], ["--help"]
     if name in ("--version", "-V"):
@@ -57,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name not in _COMMANDS:
         _refuse(name)
     else:
-        _run(call_of(_COMMANDS[name], name, rest))
+        run(call_of(_COMMANDS[name], name, rest))
 
 
-def _defined(arguments: Sequence[str]) -> list[str]:
+def defined(arguments: Sequence[str]) -> list[str]:
     """The arguments without `--with FILE`, which defines methods of the user's own, wherever it stands."""
     words = list(arguments)
     while "--with" in words:
@@ -70,11 +75,11 @@ def _defined(arguments: Sequence[str]) -> list[str]:
         _, source = words.pop(at), words.pop(at)
         from esolm.own import define
 
-        _run(partial(define, source))
+        run(partial(define, source))
     return words
 
 
-def _run(call: Callable[[], None]) -> None:
+def run(call: Callable[[], None]) -> None:
     """Make a call, and end with a line and an exit code where it fails."""
     try:
         with warnings.catch_warnings(), signals.leaving():
@@ -126,8 +131,11 @@ def _refuse(name: str) -> None:
 def _exit_code(problem: Exception) -> int:
     from esolm.checkpoint import CheckpointError
     from esolm.corpus import DataError
+    from esolm.plain import FileError
 
-    if isinstance(problem, CheckpointError | DataError | OSError):
+    if isinstance(problem, ChildProcessError):  # another rank's end
+        return 1
+    if isinstance(problem, CheckpointError | DataError | FileError | OSError):
         return 3
     return 2 if isinstance(problem, ValueError) else 1
 

@@ -31,6 +31,7 @@ def import_(
       esolm import last.ckpt --out runs/theirs
       esolm import last.ckpt --weights raw --out runs/theirs-raw
       esolm import bd3lm-owt-block_size16/ --tokenizer gpt2/ --out runs/bd3lm
+      esolm import kuleshov-group/bd3lm-owt-block_size16 --tokenizer gpt2/ --out runs/bd3lm
       esolm import old.ckpt --model esolm-b --alpha-0 0.25 --length 1024 --out runs/old
 
     In Python:
@@ -41,7 +42,7 @@ def import_(
       model = esolm.load(found.path)
 
     Args:
-        path: A training file, or a folder with safetensors and config.json.
+        path: A training file, or a folder with safetensors and config.json, here or by its name on the Hub.
         out: Folder for the checkpoint.
         weights: Of a training file; left out, the averaged ones (ema) where there are any.
         tokenizer: Its file or folder (tokenizer.json; encoder.json and vocab.bpe; vocab.json and merges.txt); left
@@ -73,7 +74,8 @@ def _method(model: str | None, alpha_0: float | None, block_size: int | None) ->
         if alpha_0 is not None or block_size is not None:
             raise ValueError("--alpha-0 and --block-size go with --model, where a file does not say its method")
         return None
+    found = recipes.method(model, alpha_0, block_size)
     for name, needed, option in (("esolm", alpha_0, "--alpha-0"), ("bd3lm", block_size, "--block-size")):
         if model.startswith(name) and needed is None:
             raise ValueError(f"--model {model} needs {option}, which the file does not say")
-    return recipes.method(model, alpha_0, block_size)
+    return found

@@ -30,6 +30,7 @@ def judge(
     seed: int = 0,
     out: Folder = None,
     device: str = "auto",
+    plot: Maybe[Path] = None,
     json: Flag = False,
 ) -> None:
     """Quality of written texts: perplexity under a judge, entropy, distinct runs, repetition and MAUVE.
@@ -38,7 +39,8 @@ def judge(
 
       esolm sample runs/first --num 200 --output texts.jsonl
       esolm judge texts.jsonl --real held-out.txt
-      esolm judge texts.jsonl --by runs/ar --out results/first
+      esolm judge texts.jsonl --by runs/ar --out results/judged
+      esolm judge first.jsonl second.jsonl --by runs/ar --plot qualities.png
 
     In Python:
 
@@ -53,24 +55,58 @@ def judge(
         field: Field of the text in JSON lines, Parquet or a data set.
         length: Most tokens that a judge of transformers reads at once.
         seed: Of the bootstrap and of MAUVE.
-        out: Folder that keeps each score as it comes; an interrupted call goes on.
+        out: Folder that keeps each score as it comes (an interrupted call goes on), and table.md and table.json,
+            written anew after each file.
         device: auto, cpu, cuda, cuda:1, ...
+        plot: Also draw perplexity against entropy, a point for each file, into this file (needs the extra plot).
         json: Print JSON lines instead of a table.
     """
-    from esolm import corpus, prepare, quality
-    from esolm.judge import judge_of, measured, table
+    from esolm import charts, corpus
+    from esolm.judge import judge_of, keep, measured, table
+    from esolm.records import refuse_other_table
 
     if not texts:
         raise ValueError("give at least one file of texts: esolm judge FILE")
-    written = {str(path): list(corpus.documents(path, field=field)) for path in texts}
-    known = None if real is None else list(corpus.documents(prepare.located(real), field=field))
-    against = {name: None if known is None else quality.pieces(known, found) for name, found in written.items()}
+    _refuse_picture(plot)
+    if out is not None:
+        refuse_other_table(out, "entropy")
+    jobs = _jobs({str(path): list(corpus.documents(path, field=field)) for path in texts}, real, field)
     by_whom = judge_of(by, length=length, device=device_of(device))
     how: dict[str, Any] = {"seed": seed, "folder": out, "console": bars()}
-    rows = [measured(by_whom, found, name=name, real=against[name], **how) for name, found in written.items()]
-    if known is not None and real is not None:
-        rows.append(measured(by_whom, quality.pieces(known, next(iter(written.values()))), name=real, **how))
+    rows: list[Quality] = []
+    for name, found, more in jobs:
+        rows.append(measured(by_whom, found, name=name, **more, **how))
+        if out is not None:
+            keep(rows, out)
+    if plot is not None:
+        charts.qualities(rows, plot)
     _print(rows, table(rows), json)
+
+
+def _jobs(written: dict[str, list[str]], real: str | None, field: str) -> "list[tuple[str, list[str], dict[str, Any]]]":
+    """Name, texts and what else is known of each file, and of real text. What MAUVE lacks is told here."""
+    from esolm import corpus, prepare, quality
+    from esolm.judge import REAL_TEXT
+    from esolm.texts import drawing_of
+
+    known = None if real is None else list(corpus.documents(prepare.located(real), field=field))
+    against = {name: None if known is None else quality.pieces(known, found) for name, found in written.items()}
+    for name, pieces in against.items():
+        if pieces is not None:
+            quality.refuse_mauve(len(written[name]), len(pieces))
+    jobs: list[tuple[str, list[str], dict[str, Any]]]
+    jobs = [(name, found, {"real": against[name], "drawn": drawing_of(name)}) for name, found in written.items()]
+    if real is not None:
+        by_nobody = dict.fromkeys(("seed", "top_p", "temperature"), REAL_TEXT)
+        jobs += [(real, part, {"drawn": by_nobody}) for part in list(against.values())[:1] if part is not None]
+    return jobs
+
+
+def _refuse_picture(plot: Path | None) -> None:
+    from esolm.bench.plot import check
+
+    if plot is not None:
+        check(plot)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,15 +181,15 @@ def frontier(
         plot: Also draw quality and entropy against time into this file (needs the extra plot).
         json: Print JSON lines instead of a table.
     """
-    from esolm import corpus, prepare
-    from esolm.bench.plot import check
+    from esolm import corpus, prepare, quality
     from esolm.frontier import draw, keep, measure, table
     from esolm.judge import judge_of
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm frontier CHECKPOINT --out FOLDER")
-    if plot is not None:
-        check(plot)
+    _refuse_picture(plot)
+    if real is not None:
+        quality.refuse_mauve(grid.num, grid.num)
     by_whom = judge_of(by, device=device_of(device))
     how: dict[str, Any] = {"folder": out, "num": grid.num, "batch": grid.batch, "seed": grid.seed, "console": bars()}
     how["real"] = None if real is None else list(corpus.documents(prepare.located(real)))
@@ -168,7 +204,7 @@ def frontier(
     _print(points, table(points), json)
 
 
-def family(out: Path = Path("runs/family"), workers: int = 2, vocab_size: int = 4096) -> None:
+def family(out: Path = Path("runs/family"), workers: int = 2, vocab_size: int = 2048) -> None:
     """Train the models that docs/results.md compares: equal tokens, equal size, one text. The same call goes on.
 
     Examples:
@@ -194,9 +230,7 @@ def family(out: Path = Path("runs/family"), workers: int = 2, vocab_size: int = 
 
 
 def _print(rows: "Sequence[Point | Quality]", shown: "Table", json: bool) -> None:
-    from dataclasses import asdict
-
     for row in rows if json else ():
-        print_json(asdict(row))
+        print_json(row.values())
     if not json:
         console(stderr=False).print(shown)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from esolm.cli.parsing import Flag, Maybe, MethodName
-from esolm.cli.terminal import bars, console, device_of, say
+from esolm.cli.terminal import bars, console, device_of, refuse_unwritable, say
 
 if TYPE_CHECKING:
-    from esolm.prepare import Source, Text
+    from esolm.prepare import Mixed, MixedText, Source, Text
+    from esolm.ranks import Ranks
     from esolm.sinks import Sink
     from esolm.tokenizer import Tokenizer
     from esolm.train import Run
@@ -43,8 +44,11 @@ class Settings:
 class Reading:
     """What it learns from."""
 
-    data: str = "shakespeare"
-    """A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics"."""
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA ...")] = ("shakespeare",)
+    """A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics". Several
+    are a mixture."""
+    weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="WEIGHT ...", help_behavior_hint="")] = ()
+    """Of a mixture: how often each of --data is learned from; left out, all alike."""
     pairs: Flag = False
     """The data are prompt and answer pairs; only answers are learned."""
     field: Maybe[str] = None
@@ -67,6 +71,8 @@ class Going:
     """Folder for checkpoints, journal and tokens."""
     resume: Flag = False
     """Go on with the run in --out, as it began."""
+    auto_resume: Flag = False
+    """Go on if --out holds a run, else begin one: for jobs that are started again with the same options."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from", metavar="CHECKPOINT", help_behavior_hint="")] = None
     """Begin with these weights: continue them on other data, or fine-tune."""
     minutes: Maybe[float] = None
@@ -77,6 +83,8 @@ class Going:
     """Also write TensorBoard files (needs the extra)."""
     wandb: Maybe[str] = None
     """Also log to this project of Weights & Biases (needs the extra)."""
+    rank_timeout: float = 25.0
+    """With torchrun: after so many seconds without an answer a rank is taken for dead."""
 
 
 _SETTINGS, _READING, _GOING = Settings(), Reading(), Going()
@@ -89,10 +97,12 @@ def train(method: Settings = _SETTINGS, text: Reading = _READING, run: Going = _
 
       esolm train --out runs/first
       esolm train --data books/ --model esolm-b --alpha-0 0.125 --out runs/books
+      esolm train --data books/ letters.jsonl --weights 3 1 --out runs/both
       esolm train --data qa.jsonl --pairs --field question --from runs/books --out runs/qa
       esolm train --recipe lm1b --data hf:lm1b --tokenizer gpt2/ --device cuda --out runs/lm1b
       esolm train --set network.width=512 optim.schedule.peak=5e-4 --out runs/wide
       esolm train --resume --out runs/wide
+      torchrun --nproc-per-node 8 --max-restarts 3 -m esolm train --recipe lm1b --auto-resume --out runs/lm1b
 
     In Python:
 
@@ -113,17 +123,25 @@ def train(method: Settings = _SETTINGS, text: Reading = _READING, run: Going = _
         text: What it learns from.
         run: Where it runs, from where to where.
     """
+    if "help" in method.set:
+        print("\n".join(f"{key}={value}" for key, value in keys(run_of(method)).items()))
+        return
     if run.resume:
         _refuse_other(method, text, run)
-        _resumed(run)
-    elif "help" in method.set:
-        print("\n".join(f"{key}={value}" for key, value in _keys(_run_of(method)).items()))
-    else:
-        _begun(_changed(_run_of(method), method, run), text, run)
+    from esolm import checkpoint, ranks
+
+    with ranks.joined(answer=run.rank_timeout) as together:
+        again = run.auto_resume or ranks.started_again()
+        if run.resume:
+            _resumed(run, together)
+        elif again and together.agree(together.leads and checkpoint.holds_steps(run.out)):
+            _resumed(run, together, as_in=(changed(run_of(method), method, run.minutes), _source(text, method.seed)))
+        else:
+            _begun(changed(run_of(method), method, run.minutes), text, run, together)
 
 
 def tokenize(
-    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")],
+    data: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="DATA ...", help_behavior_hint="")],
     out: Path,
     tokenizer: Maybe[Path] = None,
     vocab_size: Maybe[int] = None,
@@ -138,6 +156,7 @@ def tokenize(
       esolm tokenize books/ --out runs/books --vocab-size 8192
       esolm tokenize hf:roneneldan/TinyStories --out runs/stories --tokenizer gpt2/
       esolm tokenize qa.jsonl --pairs --field question --out runs/qa
+      esolm tokenize books/ letters.jsonl --out runs/both
 
     In Python:
 
@@ -146,6 +165,7 @@ def tokenize(
 
     Args:
         data: A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics".
+            Of several, for a mixture, each is kept by itself, under one tokenizer.
         out: Folder for the tokenizer and the tokens.
         tokenizer: A tokenizer.json or its folder; left out, a BPE is learned from the data.
         vocab_size: Ids of the BPE that is learned; 258 is plain bytes; left out, 4096.
@@ -156,10 +176,16 @@ def tokenize(
     from esolm import prepare
 
     _refuse_answer(answer, pairs)
-    source = prepare.Source(data=data, pairs=pairs, field=field, answer=answer)
+    refuse_unwritable(out)
+    source = _source(Reading(data=data, pairs=pairs, field=field, answer=answer), seed=0)
     known = _tokenizer(tokenizer, None, out, vocab_size)
-    _, tokens = prepare.tokens(source, out, tokenizer=known, vocab_size=vocab_size or _VOCAB_SIZE, console=bars())
-    say(f"{tokens.num_tokens:,} tokens of {tokens.num_documents:,} {'pairs' if pairs else 'documents'} in {out}")
+    how: dict[str, Any] = {"tokenizer": known, "vocab_size": vocab_size or _VOCAB_SIZE, "console": bars()}
+    if isinstance(source, prepare.Mixed):
+        found = prepare.tokens_of_mixed(source, out, **how)[1]
+    else:
+        found = [prepare.tokens(source, out, **how)[1]]
+    tokens, count = sum(data.num_tokens for data in found), sum(data.num_documents for data in found)
+    say(f"{tokens:,} tokens of {count:,} {'pairs' if pairs else 'documents'} in {out}")
 
 
 def _refuse_answer(answer: str, pairs: bool) -> None:
@@ -167,38 +193,56 @@ def _refuse_answer(answer: str, pairs: bool) -> None:
         raise ValueError("--answer names the field of answers: it needs --pairs")
 
 
-def _run_of(settings: Settings) -> "Run":
+def run_of(settings: Settings, vocab_size: int = _VOCAB_SIZE) -> "Run":
     """The run of a recipe, before other settings; the tokenizer will tell the size of its vocabulary."""
     from esolm import recipes
 
     method = recipes.method(settings.model, settings.alpha_0, settings.block_size)
-    run: Run = getattr(recipes, settings.recipe)(method, _VOCAB_SIZE)
+    run: Run = getattr(recipes, settings.recipe)(method, vocab_size)
     return run
 
 
-def _begun(run: "Run", reading: Reading, going: Going) -> None:
+def _begun(run: "Run", reading: Reading, going: Going, ranks: "Ranks") -> None:
     """A new run. Mistakes in options come to light before the text is read."""
     from esolm import prepare
     from esolm.plain import replace
     from esolm.train import refuse_used
 
     device, sinks = device_of(going.device), _sinks(going)
-    refuse_used(going.out)
+    with ranks.together():
+        refuse_used(going.out)
+        refuse_unwritable(going.out)
     _refuse_answer(reading.answer, reading.pairs)
     run = run if going.from_ is None else prepare.like(run, going.from_)
-    source = prepare.Source(
-        data=reading.data,
-        pairs=reading.pairs,
-        field=reading.field,
-        answer=reading.answer,
-        validation=reading.validation,
-        seed=run.seed,
-    )
-    known = _tokenizer(reading.tokenizer, going.from_, going.out, reading.vocab_size)
-    size = reading.vocab_size or _VOCAB_SIZE
-    text = prepare.prepare(source, going.out, tokenizer=known, vocab_size=size, console=bars())
+    source = _source(reading, run.seed)
+    with ranks.leader_first():
+        known = _tokenizer(reading.tokenizer, going.from_, going.out, reading.vocab_size)
+        text = _text(source, going.out, tokenizer=known, vocab_size=reading.vocab_size or _VOCAB_SIZE)
     run = replace(run, {"network.vocab_size": text.tokenizer.vocab_size})
-    _learn(run, text, source, going, device, sinks, start=going.from_)
+    _learn(run, text, source, going, device, sinks, ranks=ranks, start=going.from_)
+
+
+def _source(reading: Reading, seed: int) -> "Source | Mixed":
+    """What is learned from. ValueError for weights that do not fit."""
+    from esolm import prepare
+
+    rest: dict[str, Any] = {"pairs": reading.pairs, "field": reading.field, "answer": reading.answer}
+    sources = [prepare.Source(data=data, validation=reading.validation, seed=seed, **rest) for data in reading.data]
+    if not sources:
+        raise ValueError("--data needs a text to learn from")
+    if len(sources) == 1:
+        if reading.weights:
+            raise ValueError("--weights are of several texts: give them all to --data, or leave --weights out")
+        return sources[0]
+    return prepare.Mixed(sources=tuple(sources), weights=reading.weights or (1.0,) * len(sources))
+
+
+def _text(source: "Source | Mixed", folder: Path, **how: Any) -> "Text | MixedText":
+    from esolm import prepare
+
+    if isinstance(source, prepare.Mixed):
+        return prepare.prepare_mixed(source, folder, console=bars(), **how)
+    return prepare.prepare(source, folder, console=bars(), **how)
 
 
 def _tokenizer(path: Path | None, start: Path | None, out: Path, vocab_size: int | None) -> "Tokenizer | None":
@@ -215,16 +259,34 @@ def _tokenizer(path: Path | None, start: Path | None, out: Path, vocab_size: int
     return known
 
 
-def _resumed(going: Going) -> None:
+def _resumed(going: Going, ranks: "Ranks", as_in: "tuple[Run, Source | Mixed] | None" = None) -> None:
+    """Go on with the run in --out; one that is started again with its options must be `as_in` these say."""
     from dataclasses import replace
 
     from esolm import prepare
 
     device, sinks = device_of(going.device), _sinks(going)
-    run, source = prepare.resumed(going.out)
+    with ranks.together():
+        run, source = prepare.resumed(going.out)
+        if as_in is not None:
+            _refuse_changed((run, source), as_in, going)
     run = run if going.minutes is None else replace(run, minutes=going.minutes)
-    text = prepare.prepare(source, going.out, console=bars())
-    _learn(run, text, source, going, device, sinks, resume=True)
+    with ranks.leader_first():
+        kept = (going.out / "tokenizer.json").exists()  # the checkpoint has it too, but is read whole for it
+        text = _text(source, going.out, tokenizer=None if kept else prepare.tokenizer_of(None, going.out))
+    _learn(run, text, source, going, device, sinks, ranks=ranks, resume=True)
+
+
+def _refuse_changed(begun: "tuple[Run, Source | Mixed]", asked: "tuple[Run, Source | Mixed]", going: Going) -> None:
+    """ValueError unless a run is what the options ask for; the network of --from and the vocabulary are not asked."""
+    before, now = (keys(run) | keys(source) for run, source in (begun, asked))
+    free = ("minutes", "network.vocab_size")
+    for key in sorted(before.keys() | now.keys()):
+        if key in free or (going.from_ is not None and key.startswith("network.")):
+            continue
+        if before.get(key) != now.get(key):
+            told = f"{key} = {before.get(key)}, the options say {now.get(key)}"
+            raise ValueError(f"the run in {going.out} has {told}: choose the same, or another --out")
 
 
 def _sinks(going: Going) -> "list[Sink]":
@@ -236,8 +298,16 @@ def _sinks(going: Going) -> "list[Sink]":
 
 
 def _learn(
-    run: "Run", text: "Text", source: "Source", going: Going, device: str, sinks: "list[Sink]", **how: Any
+    run: "Run",
+    text: "Text | MixedText",
+    source: "Source | Mixed",
+    going: Going,
+    device: str,
+    sinks: "list[Sink]",
+    ranks: "Ranks",
+    **how: Any,
 ) -> None:
+    from esolm.ranks import device as device_of_rank
     from esolm.train import train as run_training
 
     outcome = run_training(
@@ -247,14 +317,18 @@ def _learn(
         data=text.training(run.network.length, seed=run.seed),
         validation=text.validation(run.network.length),
         origin=source.origin(),
-        device=device,
+        device=device_of_rank(device),
         sinks=sinks,
         console=console(),
+        ranks=ranks,
         **how,
     )
     if outcome.interrupted:
-        say(f"stopped at step {outcome.step:,} and saved; go on with: esolm train --resume --out {going.out}")
+        if ranks.leads:
+            say(f"stopped at step {outcome.step:,} and saved; go on with: esolm train --resume --out {going.out}")
         sys.exit(75)
+    if not ranks.leads:
+        return
     found = outcome.validation
     told = f"; validation {found.nats_per_token:.3f} ± {found.standard_error:.3f} nats a token" if found else ""
     say(f"saved {outcome.path}{told}\nwrite with it: esolm sample {going.out}")
@@ -269,13 +343,13 @@ def _refuse_other(settings: Settings, reading: Reading, going: Going) -> None:
         for part in fields(group)
         if getattr(group, part.name) != getattr(default, part.name)
     ]
-    if going.from_ is not None:
-        given.append("--from")
+    given += ["--from"] if going.from_ is not None else []
+    given += ["--auto-resume"] if going.auto_resume else []
     if given:
         raise ValueError(f"--resume goes on with the run in {going.out} as it began: leave out {', '.join(given)}")
 
 
-def _changed(run: "Run", settings: Settings, going: Going) -> "Run":
+def changed(run: "Run", settings: Settings, minutes: float | None = None) -> "Run":
     """The run with the settings of `--set`, `--seed` and `--minutes`."""
     from esolm.plain import replace
 
@@ -283,26 +357,27 @@ def _changed(run: "Run", settings: Settings, going: Going) -> "Run":
     for key, option in (("seed", "--seed"), ("minutes", "--minutes"), ("network.vocab_size", "--vocab-size")):
         if key in changes:
             raise ValueError(f"{key} has an option of its own: use {option}")
-    known = _keys(run)
+    known = keys(run)
     for key in changes:
         inner = [name for name in known if name.endswith(f".{key}")]
         if inner:
             raise ValueError(f"there is no setting {key!r}; did you mean {' or '.join(map(repr, inner))}?")
     try:
-        return replace(run, {**changes, "seed": settings.seed, "minutes": going.minutes})
+        return replace(run, {**changes, "seed": settings.seed, "minutes": minutes})
     except ValueError as problem:
         hint = "; --set help lists the keys" if "unknown key" in str(problem) else ""
         raise ValueError(f"{problem}{hint}") from None
 
 
-def _keys(run: "Run") -> dict[str, str]:
-    """Every setting of a run by its dotted key, as `--set` takes it."""
+def keys(run: "Run | Source | Mixed") -> dict[str, str]:
+    """Every setting of a run (or of sources) by its dotted key, as `--set` takes it."""
     from esolm.plain import to_plain
 
     found: dict[str, str] = {}
     inside = [("", to_plain(run))]
     while inside:
         key, value = inside.pop()
+        value = dict(enumerate(value)) if isinstance(value, list) and value and isinstance(value[0], dict) else value
         if isinstance(value, dict):
             inside += reversed([(f"{key}.{name}".removeprefix("."), part) for name, part in value.items()])
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from esolm.cli.parsing import Checkpoint, DtypeName, Flag, Maybe
-from esolm.cli.terminal import bars, console, loaded, print_json, say
+from esolm.cli.terminal import bars, console, loaded, print_json, refuse_unwritable, say
 
 if TYPE_CHECKING:
     from esolm.evaluate import Row
@@ -43,6 +43,7 @@ def evaluate(
     out: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="", metavar="FOLDER")] = None,
     dtype: Maybe[DtypeName] = None,
     device: str = "auto",
+    plot: Maybe[Path] = None,
     json: Flag = False,
 ) -> None:
     """Likelihoods of a text under models, on one scale: nats a token, bits a byte, perplexity.
@@ -53,6 +54,7 @@ def evaluate(
       esolm evaluate runs/ar runs/mdlm runs/esolm --data held-out.txt --orders 1 10 100
       esolm evaluate runs/first --texts 0 --context 64 --out results/first
       esolm evaluate runs/first --dtype int8
+      esolm evaluate runs/family/* --plot likelihoods.png
 
     In Python:
 
@@ -66,9 +68,11 @@ def evaluate(
         data: A text file, a folder, JSON lines, Parquet, hf:NAME; left out, what each run held out of its own text.
         field: Field of the text in JSON lines, Parquet or a data set.
         scoring: How texts are scored.
-        out: Folder that keeps each score as it comes (an interrupted evaluation goes on) and table.md, table.json.
+        out: Folder that keeps each score as it comes (an interrupted evaluation goes on), and table.md and table.json,
+            written anew after each checkpoint.
         dtype: Score with the products that write in this dtype; left out, exactly, in float32.
         device: auto, cpu, cuda, cuda:1, ...
+        plot: Also draw the rows with their errors, and Eso-LMs against alpha_0, into this file (needs the extra plot).
         json: Print JSON lines instead of a table.
     """
     from esolm import corpus, prepare
@@ -77,6 +81,7 @@ def evaluate(
 
     if not checkpoints:
         raise ValueError("give at least one checkpoint: esolm evaluate CHECKPOINT --data FILE")
+    _refuse(plot, out)
     given = None if data is None else list(corpus.documents(prepare.located(data), field=field))
     how = {**vars(scoring), "texts": scoring.texts or None, "scores": None if out is None else out / "scores"}
     rows = []
@@ -85,14 +90,28 @@ def evaluate(
         model = loaded(path, dtype or "float32", device)
         name = str(path) if dtype is None else f"{path} in {dtype}"
         rows += measure(model, documents, name=name, as_written=dtype is not None, console=bars(), **how)
+        if out is not None:
+            keep(rows, out)
+    _show(rows, plot, json)
+
+
+def _refuse(plot: Path | None, out: Path | None) -> None:
+    """A picture or a table that cannot be made is told before any work."""
+    from esolm.bench.plot import check
+    from esolm.records import refuse_other_table
+
+    if plot is not None:
+        check(plot)
     if out is not None:
-        keep(rows, out)
-    _print(rows, json)
+        refuse_other_table(out, "kind")
 
 
-def _print(rows: "list[Row]", json: bool) -> None:
+def _show(rows: "list[Row]", plot: Path | None, json: bool) -> None:
+    from esolm import charts
     from esolm.evaluate import table
 
+    if plot is not None:
+        charts.likelihoods(rows, plot)
     if json:
         for row in rows:
             print_json(row.values())
@@ -127,30 +146,40 @@ def info(checkpoint: Checkpoint, json: Flag = False) -> None:
 
 
 def verify(checkpoint: Checkpoint) -> None:
-    """Check a checkpoint, or every checkpoint of a run, byte for byte.
+    """Check a checkpoint, every checkpoint of a run, or the tokens in its data folder, byte for byte.
 
     Examples:
 
       esolm verify runs/first
       esolm verify runs/first/step-000003000
+      esolm verify runs/first/data
 
     In Python:
 
       for step in sorted(Path("runs/first").glob("step-*")):
           checkpoint.verify(step)
+      shards.TokenData.open(Path("runs/first/data"), digests=True)
 
     Args:
-        checkpoint: A run's folder or one step of it.
+        checkpoint: A run's folder, one step of it, or its folder of tokens.
     """
     from esolm import checkpoint as checkpoints
+    from esolm.hub import located
+    from esolm.shards import DOCUMENTS, TokenData
 
+    checkpoint = located(checkpoint)
+    if (checkpoint / DOCUMENTS).exists():
+        data = TokenData.open(checkpoint, digests=True)
+        say(f"{checkpoint} is whole: {data.num_tokens:,} tokens of {data.num_documents:,} documents")
+        return
     one = checkpoints.is_step(checkpoint)
     steps = [checkpoint] if one else sorted(checkpoint.glob("step-*"))
     if not steps:
         checkpoints.load(checkpoint)  # says what is wrong
+    best = None if one else checkpoints.best(checkpoint)
     for step in steps:
         checkpoints.verify(step)
-        say(f"{step} is whole")
+        say(f"{step} is whole{', the best by validation' if step == best else ''}")
 
 
 def _recorded(model: "Model") -> dict[str, Any]:
@@ -185,4 +214,5 @@ def demo(out: Path = Path("out/demo"), minutes: float = 6.0, seed: int = 0) -> N
     """
     from esolm.demo import run
 
+    refuse_unwritable(out)
     run(out, minutes=minutes, seed=seed, console=console(stderr=False))

@@ -152,7 +152,11 @@ def _one_line(box: str) -> str:
     if found := re.match(r"invalid choice '(.*)' for argument '(.*?)'. Expected one of \((.*)\)", said):
         choices = re.findall("'(.*?)'", found[3])
         return f"{found[2]} is one of {', '.join(choices)}, got {found[1]!r}{nearest(found[1], choices)}"
+    if found := re.match(r"Error parsing (.*): Could not find valid parse for arguments: \[(.*)\]", said):
+        kind = next((told for word, told in _SEVERAL.items() if f"[{word} " in box), "other values")
+        return f"{found[1]}: expected {kind}, got {found[2]}"
     return said.replace("Unrecognized options:", "there is no place for").removeprefix("Error parsing ")
 
 
+_SEVERAL = {"INT": "whole numbers", "FLOAT": "numbers"}
 _HINTS = ("For full helptext", "Argument helptext", "Got errors")

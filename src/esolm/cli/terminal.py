@@ -1,6 +1,8 @@
 """What all commands share: where words go, which device, and the model of a checkpoint."""
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +47,15 @@ def device_of(name: str) -> str:
     except (RuntimeError, AssertionError, ValueError):
         raise ValueError(f"there is no device {name!r} here: use cpu, or auto") from None
     return name
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise OSError before any work is done if a folder cannot be made or written. It makes nothing."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 def loaded(path: Path, dtype: DtypeName, device: str) -> "Model":

@@ -1,0 +1,146 @@
+"""A step of writing in one call of C: the library, compiled here once, and the two records that it takes.
+
+    step.c          a list of operations over some rows, shared by a pool of threads
+    operations.h    embedding, norms, products, rotary places, attention, gates, a draw
+    vectors.h       vectors as wide as the processor's, weights of any dtype
+
+The text is compiled at its first use, by the C compiler that is found (`CC`, cc, gcc, clang), for this processor, into
+the user's folder of caches. Without a compiler, or with ESOLM_NATIVE=0, there is no library, and what would use it uses
+torch. It knows no network: engine.py does.
+"""
+
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+_HERE = Path(__file__).parent
+_TEXTS = ("step.c", "operations.h", "vectors.h")
+_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
+_PATIENCE = 120  # seconds that a compiler is given
+
+EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SUM, FIND = range(8)  # kinds of operations
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+RMS, SPREAD, ADD, GELU = 1, 2, 1, 2  # flags: of a norm, of a product
+EVERYTHING, CAUSAL, MASKED = range(3)  # what a row reads
+PANEL, QUERIES, BLOCK = 32, 2, 512
+
+
+class Op(ctypes.Structure):
+    """One operation; operations.h says what its fields mean."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int32) for name in ("kind", "dtype", "flags", "layer", "inputs", "outputs", "source", "target")),
+        *((name, c_void_p) for name in ("weight", "scale", "bias")),
+    ]
+
+
+class Pass(ctypes.Structure):
+    """What the operations of one call work on."""
+
+    _fields_: ClassVar[Any] = [
+        *((name, c_int64) for name in ("batch", "rows", "count", "heads", "kv_heads", "dim")),
+        *((name, c_int64) for name in ("capacity", "used", "reads", "mask_text", "mask_row")),
+        ("epsilon", c_double),
+        *((name, c_void_p) for name in ("at", "starts", "tokens", "positions", "slots", "mask")),
+        *((name, c_void_p) for name in ("keys", "values", "buffers", "scores")),
+        ("temperature", c_double),
+        *((name, c_void_p) for name in ("uniform", "sums", "drawn")),
+    ]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled text. `run(ops, count, pass, threads)` is 0 unless there are too many operations."""
+
+    run: Callable[[ctypes.Array[Op], int, Pass, int], int]
+    advise: Callable[[int, int], None]  # that so many bytes from an address are read from front to back
+    lanes: int  # floats in a vector
+
+
+@cache
+def library() -> Library | None:
+    """The compiled text, or None where there is none."""
+    if os.environ.get("ESOLM_NATIVE") == "0" or os.name != "posix":
+        return None
+    given = os.environ.get("CC")
+    compiler = next((path for name in (given, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    try:
+        return _loaded(_compiled(compiler))
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return None
+
+
+def _loaded(path: Path) -> Library | None:
+    found = ctypes.CDLL(str(path))
+    found.esolm_run.argtypes = [c_void_p, c_int, POINTER(Pass), c_int]
+    found.esolm_advise.argtypes = [c_void_p, c_size_t]
+    found.esolm_advise.restype = None
+    sizes = (c_int64 * 6)()
+    found.esolm_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(Op), ctypes.sizeof(Pass), PANEL, sizes[3], QUERIES, BLOCK]:
+        return None
+    return Library(run=found.esolm_run, advise=found.esolm_advise, lanes=sizes[3])
+
+
+def _compiled(compiler: str) -> Path:
+    """The library for this text, compiler and processor: compiled, or found in the cache."""
+    arm = platform.machine() in ("aarch64", "arm64")
+    command = [compiler, *_FLAGS, "-mcpu=native" if arm else "-march=native"]
+    known = [*((_HERE / name).read_bytes() for name in _TEXTS), " ".join(command).encode(), _processor()]
+    name = hashlib.sha256(b"\0".join(known)).hexdigest()[:32] + ".so"
+    folder = _folder()
+    path = folder / name
+    if not path.exists():
+        handle, made = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        try:
+            subprocess.run(
+                [*command, str(_HERE / "step.c"), "-o", made, "-lm"],
+                check=True,
+                timeout=_PATIENCE,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+            )
+            Path(made).replace(path)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    return path
+
+
+def _folder() -> Path:
+    """The user's folder of caches, if nobody else can write there; else a new one that this process removes."""
+    try:
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esolm" / "native"
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = place.stat()
+        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(place, os.W_OK):
+            return place
+    except (OSError, RuntimeError):  # no home, or none to write in: below
+        pass
+    made = Path(tempfile.mkdtemp(prefix="esolm-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
+def _processor() -> bytes:
+    """What tells this processor from one that lacks its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    wanted = ("flags", "model name", "Features", "CPU part")
+    told = dict.fromkeys(line for line in lines if line.startswith(wanted))
+    return "\n".join([platform.machine(), platform.processor(), *told]).encode()

@@ -1,0 +1,348 @@
+/* The operations of a pass over a few rows, each on one of its parts: a row, some panels of a product, a text's head.
+ *
+ * Every number of a row is made by the same additions in the same order whatever other rows, threads or parts there
+ * are, so a row's result is the same bit for bit in any company.
+ *
+ * Weights of a product lie in panels of 32 outputs, [panel][input][output], so that they are read once, from front to
+ * back, for all rows. They stay small in memory (float16, bfloat16, int8) and become float32 in registers.
+ */
+#include <math.h>
+#include <stddef.h>
+
+#include "vectors.h"
+
+enum { PANEL = 32, VECS = PANEL / LANES, QUERIES = 2, CHUNK = 4 };
+enum { DEEP = 128, GROUP = 48, BLOCK = 512 }; /* inputs and rows of a product taken together; ids summed in a draw */
+enum { EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SUM, FIND }; /* kinds of operations */
+enum { RMS = 1, SPREAD = 2, ADD = 1, GELU = 2 };     /* flags: of a norm, of a product */
+enum { EVERYTHING, CAUSAL, MASKED };                 /* what a row reads */
+
+typedef struct {
+    int32_t kind, dtype, flags, layer, inputs, outputs, from, to; /* `from` and `to` are numbers of buffers */
+    const void *weight;
+    const float *scale, *bias; /* NULL: none */
+} Op;
+
+typedef struct {
+    int64_t batch, rows, count, heads, kv_heads, dim;               /* texts, places for rows of each, rows in all; heads */
+    int64_t capacity, used, reads, mask_text, mask_row;             /* slots; strides of the mask, in bytes */
+    double epsilon;
+    const int64_t *at, *starts;                                     /* the place text * rows + row of each row; each text's first */
+    const int64_t *tokens, *positions, *slots;                      /* [text, row] twice; the first slot of each text */
+    const uint8_t *mask;
+    float *const *keys, *const *values;                             /* of each layer: [text, kv_head, capacity, dim] */
+    float *const *buffers;                                          /* each [row of all, its width] */
+    float *scores;                                                  /* [thread, QUERIES, used up to a whole vector] */
+    double temperature;
+    const double *uniform;                                          /* [row] */
+    double *sums;                                                   /* [row, block of ids, 2] */
+    int64_t *drawn;                                                 /* [row] */
+} Pass;
+
+static void embed(const Op *op, const Pass *pass, int64_t row)
+{
+    float *to = pass->buffers[op->to] + row * op->outputs;
+    int64_t from = pass->tokens[pass->at[row]] * op->outputs, i = 0;
+    for (; i + LANES <= op->outputs; i += LANES) store(to + i, weights(op->dtype, op->weight, from + i));
+    if (i < op->outputs) { /* what is behind the last row of the table is not ours to read */
+        char last[4 * LANES] = {0};
+        size_t size = op->dtype == FLOAT32 ? 4 : 2;
+        memcpy(last, (const char *)op->weight + (size_t)(from + i) * size, (size_t)(op->outputs - i) * size);
+        store_first(to + i, weights(op->dtype, last, 0), op->outputs - i);
+    }
+}
+
+INLINE void normalise(const float *from, float *to, int64_t n, const float *weight, const float *bias, int rms, double epsilon)
+{
+    vec total = {0}, squares = {0};
+    float mean = 0;
+    if (!rms) {
+        for (int64_t i = 0; i < n; i += LANES) total += load_first(from + i, n - i);
+        mean = sum(total) / (float)n;
+    }
+    vec middle = (vec){0} + mean;
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = load_first(from + i, n - i) - load_first((const float *)&middle, n - i);
+        squares += x * x;
+    }
+    float scale = 1.0f / sqrtf(sum(squares) / (float)n + (float)epsilon);
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec y = (load_first(from + i, n - i) - middle) * scale * load_first(weight + i, n - i);
+        store_first(to + i, bias ? y + load_first(bias + i, n - i) : y, n - i);
+    }
+}
+
+static void norm(const Op *op, const Pass *pass, int64_t row)
+{
+    const float *from = pass->buffers[op->from] + row * op->outputs;
+    float *to = pass->buffers[op->to] + (op->flags & SPREAD ? pass->at[row] : row) * op->outputs; /* to the row's place */
+    normalise(from, to, op->outputs, op->weight, op->bias, op->flags & RMS, pass->epsilon);
+}
+
+/* Add to the sums [row][output] of a panel what `deep` of its inputs give `rows` rows, in the order of the inputs. */
+INLINE void tile(int dtype, int rows, const void *weight, int64_t at, int64_t deep, const float *x, int64_t apart, float *sums)
+{
+    vec total[TILE_ROWS][VECS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECS; v++) total[r][v] = load(sums + r * PANEL + v * LANES);
+    for (int64_t k = 0; k < deep; k++, at += PANEL) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; v++) {
+            vec w = weights(dtype, weight, at + v * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) total[r][v] += w * x[r * apart + k];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECS; v++) store(sums + r * PANEL + v * LANES, total[r][v]);
+}
+
+#define ROWS(dtype, n) case n: tile(dtype, n <= TILE_ROWS ? n : 1, weight, at, deep, x, apart, sums); break;
+#define TILES(dtype) \
+    switch (rows) { ROWS(dtype, 1) ROWS(dtype, 2) ROWS(dtype, 3) ROWS(dtype, 4) \
+                    ROWS(dtype, 5) ROWS(dtype, 6) ROWS(dtype, 7) ROWS(dtype, 8) } break;
+
+static void tile_of(int dtype, int rows, const void *weight, int64_t at, int64_t deep, const float *x, int64_t apart, float *sums)
+{
+    switch (dtype) {
+    case FLOAT32: TILES(FLOAT32)
+    case FLOAT16: TILES(FLOAT16)
+    case BFLOAT16: TILES(BFLOAT16)
+    default: TILES(INT8)
+    }
+}
+
+/* What follows the sums of a panel for one row: scale, bias, GELU, the residual. */
+static void finish(const Op *op, const float *sums, int64_t first, float *to)
+{
+    for (int64_t i = first; i < first + PANEL && i < op->outputs; i += LANES) {
+        int64_t n = op->outputs - i;
+        vec y = load(sums + (i - first));
+        if (op->scale) y *= load_first(op->scale + i, n);
+        if (op->bias) y += load_first(op->bias + i, n);
+        if (op->flags & GELU) y = gelu(y);
+        if (op->flags & ADD) y += load_first(to + i, n);
+        store_first(to + i, y, n);
+    }
+}
+
+/* Sums of a panel for a group of rows. Where they are many, weights become floats once, a piece that the nearest cache
+ * holds, and all of the group use it. */
+static void sums_of_group(const Op *op, int64_t panel, const float *x, int64_t rows, float *sums)
+{
+    _Alignas(64) float piece[DEEP * PANEL];
+    int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS, many = blocks > 2, most = many ? DEEP : op->inputs;
+    for (int64_t first = 0; first < op->inputs; first += most) {
+        int64_t deep = op->inputs - first < most ? op->inputs - first : most, at = (panel * op->inputs + first) * PANEL;
+        if (many)
+            for (int64_t i = 0; i < deep * PANEL; i += LANES) store(piece + i, weights(op->dtype, op->weight, at + i));
+        for (int64_t b = 0; b < blocks; b++) {
+            int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
+            tile_of(many ? FLOAT32 : op->dtype, (int)count, many ? piece : op->weight, many ? 0 : at, deep,
+                    x + row * op->inputs + first, op->inputs, sums + row * PANEL);
+        }
+    }
+}
+
+static void product(const Op *op, const Pass *pass, int64_t panel)
+{
+    int64_t rows = pass->count;
+    for (int64_t row = 0; row < rows; row += GROUP) {
+        _Alignas(64) float sums[GROUP * PANEL];
+        int64_t count = rows - row < GROUP ? rows - row : GROUP;
+        memset(sums, 0, (size_t)(count * PANEL) * sizeof(float));
+        const float *x = pass->buffers[op->from] + row * op->inputs;
+        sums_of_group(op, panel, x, count, sums);
+        for (int64_t r = 0; r < count; r++)
+            finish(op, sums + r * PANEL, panel * PANEL, pass->buffers[op->to] + (row + r) * op->outputs);
+    }
+}
+
+/* Queries and keys of a row turned to their places; keys and values into their slots. */
+static void turn(const Op *op, const Pass *pass, int64_t row)
+{
+    int64_t dim = pass->dim, half = dim / 2, heads = pass->heads, kv = pass->kv_heads, text = pass->at[row] / pass->rows;
+    const float *cos = (const float *)op->weight + 2 * dim * pass->positions[pass->at[row]], *sin = cos + dim;
+    float *x = pass->buffers[op->from] + row * (heads + 2 * kv) * dim;
+    for (int64_t head = 0; head < heads + kv; head++, x += dim) {
+        const float *weight = head < heads ? op->scale : op->bias;
+        if (weight) normalise(x, x, dim, weight, NULL, RMS, pass->epsilon);
+        for (int64_t i = 0; i < half; i++) {
+            float a = x[i], b = x[i + half];
+            x[i] = a * cos[i] + b * sin[i];
+            x[i + half] = b * cos[i + half] + a * sin[i + half];
+        }
+    }
+    x -= kv * dim;
+    int64_t slot = pass->slots[text] + pass->at[row] % pass->rows;
+    for (int64_t head = 0; head < kv; head++) {
+        int64_t at = ((text * kv + head) * pass->capacity + slot) * dim;
+        memcpy(pass->keys[op->layer] + at, x + head * dim, (size_t)dim * sizeof(float));
+        memcpy(pass->values[op->layer] + at, x + (kv + head) * dim, (size_t)dim * sizeof(float));
+    }
+}
+
+typedef struct { /* one row's head: what it asks, which slots it reads, where its answer goes */
+    const float *q;
+    const uint8_t *mask;
+    int64_t count;
+    float *scores, *to;
+} Query;
+
+INLINE int reads(const Query *query, int64_t slot) { return slot < query->count && (!query->mask || query->mask[slot]); }
+
+/* Scores of `n` queries that share their keys: each key is read once for all of them. */
+INLINE void score(const Query *query, int n, const float *keys, int64_t dim, int64_t used)
+{
+    float scale = 1.0f / sqrtf((float)dim);
+    for (int64_t j = 0; j < used; j++) {
+        if (!reads(query, j) && !reads(query + n - 1, j)) {
+            for (int r = 0; r < n; r++) query[r].scores[j] = -INFINITY;
+            continue;
+        }
+        vec dots[QUERIES] = {0};
+        for (int64_t i = 0; i < dim; i += LANES) {
+            vec k = load_first(keys + j * dim + i, dim - i);
+            for (int r = 0; r < n; r++) dots[r] += load_first(query[r].q + i, dim - i) * k;
+        }
+        for (int r = 0; r < n; r++) query[r].scores[j] = reads(query + r, j) ? sum(dots[r]) * scale : -INFINITY;
+    }
+}
+
+/* Scores to weights e^(score - the largest); their sum. */
+static float soften(float *scores, int64_t used)
+{
+    vec most = (vec){0} - INFINITY, total = {0};
+    for (int64_t j = used; j % LANES; j++) scores[j] = -INFINITY;
+    for (int64_t j = 0; j < used; j += LANES) most = larger(load(scores + j), most);
+    float top = largest(most);
+    if (top == -INFINITY) top = 0;
+    for (int64_t j = 0; j < used; j += LANES) {
+        vec p = exponential(load(scores + j) - top);
+        total += p;
+        store(scores + j, p);
+    }
+    return sum(total);
+}
+
+/* Means of the values under the weights of `n` queries, CHUNK vectors of a value at a time. */
+INLINE void mix(const Query *query, int n, const float *values, int64_t dim, int64_t used, const float *whole)
+{
+    for (int64_t first = 0; first < dim; first += CHUNK * LANES) {
+        vec mean[QUERIES][CHUNK] = {{{0}}};
+        int64_t left = dim - first;
+        for (int64_t j = 0; j < used; j++)
+#pragma GCC unroll 8
+            for (int c = 0; c < CHUNK; c++) {
+                int64_t n_left = left - c * LANES;
+                if (n_left <= 0) break;
+                vec v = load_first(values + j * dim + first + c * LANES, n_left);
+                for (int r = 0; r < n; r++) mean[r][c] += v * query[r].scores[j];
+            }
+        for (int r = 0; r < n; r++)
+            for (int c = 0; c < CHUNK && left > c * LANES; c++)
+                store_first(query[r].to + first + c * LANES, mean[r][c] / whole[r], left - c * LANES);
+    }
+}
+
+INLINE void answer(const Query *query, int n, const float *keys, const float *values, int64_t dim, int64_t used)
+{
+    float whole[QUERIES];
+    score(query, n, keys, dim, used);
+    for (int r = 0; r < n; r++) whole[r] = soften(query[r].scores, used);
+    mix(query, n, values, dim, used, whole);
+}
+
+static void attend(const Op *op, const Pass *pass, int64_t chunk, int thread) /* a text's head of keys and values */
+{
+    int64_t text = chunk / pass->kv_heads, head = chunk % pass->kv_heads, group = pass->heads / pass->kv_heads, dim = pass->dim;
+    const float *keys = pass->keys[op->layer] + chunk * pass->capacity * dim;
+    const float *values = pass->values[op->layer] + chunk * pass->capacity * dim;
+    int64_t wide = (pass->used + LANES - 1) / LANES * LANES, start = pass->starts[text];
+    int64_t queries = (pass->starts[text + 1] - start) * group;
+    Query query[QUERIES];
+    for (int64_t i = 0, n = 0; i < queries; i++) {
+        int64_t row = start + i / group, r = pass->at[row] % pass->rows, h = head * group + i % group;
+        query[n] = (Query){
+            .q = pass->buffers[op->from] + (row * (pass->heads + 2 * pass->kv_heads) + h) * dim,
+            .mask = pass->reads == MASKED ? pass->mask + text * pass->mask_text + r * pass->mask_row : NULL,
+            .count = pass->reads == CAUSAL ? r + 1 : pass->used,
+            .scores = pass->scores + (thread * QUERIES + n) * wide,
+            .to = pass->buffers[op->to] + (row * pass->heads + h) * dim,
+        };
+        if (++n < QUERIES && i + 1 < queries) continue;
+        if (n == QUERIES) answer(query, QUERIES, keys, values, dim, pass->used);
+        else answer(query, 1, keys, values, dim, pass->used);
+        n = 0;
+    }
+}
+
+static void gate(const Op *op, const Pass *pass, int64_t row) /* [gate | up] -> silu(gate) up */
+{
+    const float *x = pass->buffers[op->from] + row * 2 * op->outputs;
+    float *to = pass->buffers[op->to] + row * op->outputs;
+    for (int64_t i = 0; i < op->outputs; i += LANES) {
+        int64_t n = op->outputs - i;
+        store_first(to + i, silu(load_first(x + i, n)) * load_first(x + op->outputs + i, n), n);
+    }
+}
+
+/* The largest of n logits over the temperature, and e^(each - it), zeros behind them. */
+static float weigh(const float *x, int64_t n, double temperature, float *w)
+{
+    vec most = (vec){0} - INFINITY;
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec v = (vec){0} - INFINITY;
+        memcpy(&v, x + i, (size_t)(n - i < LANES ? n - i : LANES) * sizeof(float));
+        v /= (float)temperature;
+        most = larger(v, most);
+        store(w + i, v);
+    }
+    float top = largest(most);
+    for (int64_t i = 0; i < n; i += LANES) store(w + i, exponential(load(w + i) - (top == -INFINITY ? 0 : top)));
+    return top;
+}
+
+/* Ids of a row that may be drawn: all but the last, the mask. */
+static int64_t ids(const Op *op) { return op->outputs - 1; }
+static int64_t blocks_of(const Op *op) { return (ids(op) + BLOCK - 1) / BLOCK; }
+
+/* A draw, first half: of each block of ids the largest logit, and the sum of e^(logit - it). */
+static void add_up(const Op *op, const Pass *pass, int64_t item)
+{
+    int64_t blocks = blocks_of(op), first = item % blocks * BLOCK, n = ids(op) - first < BLOCK ? ids(op) - first : BLOCK;
+    float w[BLOCK];
+    double part[4] = {0}, *to = pass->sums + 2 * item;
+    to[0] = weigh(pass->buffers[op->from] + item / blocks * op->outputs + first, n, pass->temperature, w);
+    for (int64_t i = 0; i < n; i += LANES)
+        for (int j = 0; j < LANES; j++) part[j % 4] += (double)w[i + j];
+    to[1] = (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+/* Second half: the block in which the cumulative sum exceeds the row's number, then the id; -1 if there is none. */
+static void find(const Op *op, const Pass *pass, int64_t row)
+{
+    int64_t blocks = blocks_of(op), block = 0, id = -1;
+    double *sums = pass->sums + 2 * blocks * row, top = -INFINITY, whole = 0, before = 0;
+    for (int64_t b = 0; b < blocks; b++) top = sums[2 * b] > top ? sums[2 * b] : top;
+    for (int64_t b = 0; b < blocks; b++) whole += sums[2 * b + 1] *= exp(sums[2 * b] - top);
+    pass->drawn[row] = -1;
+    if (!(whole > 0) || !(whole < INFINITY)) return;
+    double goal = pass->uniform[row] * whole;
+    for (int64_t b = 0; b < blocks; b++) {
+        if (sums[2 * b + 1] <= 0) continue;
+        if (id >= 0) before += sums[2 * block + 1];
+        block = b, id = b * BLOCK; /* the last block that has weight, should rounding pass over all */
+        if (before + sums[2 * b + 1] > goal) break;
+    }
+    int64_t first = id, n = ids(op) - first < BLOCK ? ids(op) - first : BLOCK;
+    float w[BLOCK];
+    weigh(pass->buffers[op->from] + row * op->outputs + first, n, pass->temperature, w);
+    double scale = exp(sums[2 * block] - top);
+    for (int64_t i = 0; i < n; i++) {
+        if (!(w[i] > 0)) continue;
+        id = first + i;
+        if ((before += (double)w[i] * scale) > goal) break;
+    }
+    pass->drawn[row] = id;
+}

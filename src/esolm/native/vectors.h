@@ -1,0 +1,107 @@
+/* Vectors of floats as wide as the processor's, weights of any dtype as such vectors, and the functions of a network.
+ *
+ * GCC's and Clang's own vectors, so one text serves every processor; what they lack is an intrinsic under a guard.
+ */
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_ROWS = 8 }; /* rows of a tile of a product: as many as the registers hold sums of */
+#elif defined(__AVX__)
+enum { LANES = 8, TILE_ROWS = 3 };
+#else
+enum { LANES = 4, TILE_ROWS = 2 };
+#endif
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8 }; /* dtypes of weights */
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef vec any_vec __attribute__((aligned(4), may_alias)); /* at any address */
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vec load(const float *at) { return *(const any_vec *)at; }
+INLINE void store(float *at, vec v) { *(any_vec *)at = v; }
+
+INLINE vec load_first(const float *at, int64_t n) /* the first n, zeros behind them */
+{
+    if (n >= LANES) return load(at);
+    vec v = {0};
+    memcpy(&v, at, (size_t)n * sizeof(float));
+    return v;
+}
+
+INLINE void store_first(float *at, vec v, int64_t n)
+{
+    if (n >= LANES) store(at, v);
+    else memcpy(at, &v, (size_t)n * sizeof(float));
+}
+
+INLINE vec pick(ivec which, vec a, vec b) { return (vec)((which & (ivec)a) | (~which & (ivec)b)); }
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); } /* b where a is NaN */
+
+INLINE float largest(vec v)
+{
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+INLINE float sum(vec v)
+{
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+/* Weights of a dtype, from element `at` on, as floats. */
+INLINE vec weights(int dtype, const void *from, int64_t at)
+{
+    const float *floats = (const float *)from + at;
+    const uint16_t *two = (const uint16_t *)from + at;
+    const int8_t *one = (const int8_t *)from + at;
+    if (dtype == FLOAT32) return load(floats);
+#if defined(__AVX512F__)
+    if (dtype == FLOAT16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)two));
+    if (dtype == BFLOAT16) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)two)), 16);
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)one)));
+#elif defined(__AVX2__) && defined(__F16C__)
+    if (dtype == FLOAT16) return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)two));
+    if (dtype == BFLOAT16) return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)two)), 16);
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)one)));
+#else
+    if (dtype == INT8) return __builtin_convertvector(__builtin_convertvector(*(const bytes *)one, ivec), vec);
+    ivec bits = __builtin_convertvector(*(const halves *)two, ivec);
+    if (dtype == BFLOAT16) return (vec)(bits << 16);
+    vec plain = (vec)((bits & 0x7fff) << 13) * 0x1p112f; /* exponents are 112 apart; no NaN, no infinity */
+    return (vec)((ivec)plain | (bits & 0x8000) << 16);
+#endif
+}
+
+/* e^x within 2 units of the last place; 0 below -87, NaN for NaN. Cephes' polynomial. */
+INLINE vec exponential(vec x)
+{
+    const vec magic = (vec){0} + 12582912.0f, low = (vec){0} - 87.0f, high = (vec){0} + 88.0f;
+    ivec tiny = x < low;
+    x = pick(x > high, high, x);
+    vec shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec y = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
+             + 1.6666665459e-1f) * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    ivec power = (ivec)(((ivec)shifted - (ivec)magic + 127) << 23);
+    return pick(tiny, (vec){0}, y * (vec)power);
+}
+
+INLINE vec gelu(vec x) { return x / (1.0f + exponential(-1.59576912f * (x + 0.044715f * x * x * x))); }
+INLINE vec silu(vec x) { return x / (1.0f + exponential(-x)); }

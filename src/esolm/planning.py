@@ -1,0 +1,362 @@
+"""What a run will take of a rank's memory, before anything of it is allocated: the step itself, done without numbers.
+
+    weights, gradients, two moments, average     the real network and optimizer, of tensors without storage
+    activations                                  views, forward, loss and backward over them, each storage in a ledger
+    largest micro batch                          the last whose peak leaves a share of the memory free
+
+What depends on the text (who reads whom, which rows have a target) is real and small; all else has a shape, a dtype and
+a size, and no numbers. So the peak is that of the operations that training runs, whatever they keep: no formula of
+activations is written here. Noise differs from batch to batch: of a few the fullest counts. Parts of a network in
+shards are counted as FSDP cuts them. It does not know what kernels take inside, torch itself, or fragmentation: that is
+what the free share is for. `compile=true` is planned as if it were off. On a GPU attention is taken for a fused kernel.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from esolm import objective
+from esolm.algorithms.algorithm import Batch, Request, View
+from esolm.attention import Relation
+from esolm.denoiser import Denoiser
+from esolm.ledger import Ledger
+from esolm.memory import TooLarge
+from esolm.noise import Noise
+from esolm.optim import Optimizer, WeightAverage
+from esolm.ranks import BUCKET
+from esolm.run import Run
+from esolm.state import in_bf16
+
+GB = 1e9
+RESERVE = 0.1  # of the memory stays free
+_UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
+_DRAWS = 16  # micro batches whose noise is drawn, for the fullest of them
+_EXACT = 16  # texts: larger micro batches lie on the line through this one and the one of half as many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of the fullest rank at the fullest moment of a step."""
+
+    micro_batch: int
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    gathered: int  # in shards: weights of other ranks, while they are needed
+    activations: int  # all that a pass makes and lets go
+    saving: int  # the copy that is written while training goes on, where it lies in the same memory
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """The bytes by what they are."""
+        return {name: value for name, value in asdict(self).items() if name != "micro_batch"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What fits. `asked` is the run as it is set, `best` the largest micro batch of its texts that fits."""
+
+    parameters: int
+    ranks: int
+    sharded: bool
+    device: str
+    dtype: str
+    texts: int  # of a step, on the rank with the most
+    asked: Footprint
+    best: Footprint
+    memory: float
+    reserve: float
+    host: int  # bytes of the copy for saving in the machine's memory, where that is another one
+    cache: int  # bytes of keys and values, to write one text of the run's length
+
+    def values(self) -> dict[str, Any]:
+        """Plain figures, for JSON; bytes."""
+        told = asdict(self)
+        for name in ("asked", "best"):
+            told[name]["total"] = getattr(self, name).total
+        return {**told, "largest_micro_batch": self.best.micro_batch}
+
+
+def plan(run: Run, *, memory: float, ranks: int = 1, device: str = "cpu", reserve: float = RESERVE) -> Plan:
+    """The memory of each of `ranks` ranks that train this run, and the largest micro batch for `memory` bytes each.
+
+    `device` (cpu or cuda) need not be here. TooLarge if not even one text at a time fits; ValueError for what cannot
+    be."""
+    if ranks < 1:
+        raise ValueError(f"ranks must be at least 1, got {ranks}")
+    if run.batch_size < ranks:
+        raise ValueError(f"a batch of {run.batch_size} texts is too small for {ranks} ranks: raise batch_size")
+    if not 0 <= reserve < 1:
+        raise ValueError(f"reserve is the share that stays free and must lie in [0, 1), got {reserve}")
+    room, rehearsal = memory * (1 - reserve), Rehearsal(run, ranks, device)
+    best = _largest(rehearsal, room)
+    if not best:
+        raise TooLarge(_missing(rehearsal, memory, room))
+    return Plan(
+        parameters=rehearsal.parameters,
+        ranks=ranks,
+        sharded=rehearsal.sharded,
+        device=device,
+        dtype="bfloat16" if rehearsal.bf16 else "float32",
+        texts=rehearsal.texts,
+        asked=rehearsal.of(min(run.micro_batch or rehearsal.texts, rehearsal.texts)),
+        best=rehearsal.of(best),
+        memory=memory,
+        reserve=reserve,
+        host=0 if device == "cpu" else rehearsal.copy,
+        cache=rehearsal.cache,
+    )
+
+
+def size(words: str) -> float:
+    """Bytes from a size with its unit, as 80GB or 24 GiB. ValueError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]i?B)\s*", words, re.IGNORECASE)
+    if found is None or not float(found[1]) > 0:
+        raise ValueError(f"memory must be a size with a unit, as 80GB, 512MB or 24GiB, got {words!r}")
+    return float(found[1]) * _UNITS[found[2].upper()]
+
+
+def table(found: Plan) -> Table:
+    """The bytes of each rank as a table for the terminal: as the run is set, and at the largest micro batch."""
+    kind = "in shards" if found.sharded else "replicated" if found.ranks > 1 else "alone"
+    title = f"memory of each of {found.ranks} ranks, {kind}" if found.ranks > 1 else "memory of one rank"
+    shown = Table(title=f"{title}, GB ({found.device}, {found.dtype})", title_justify="left")
+    shown.add_column("")
+    columns = [found.best] if found.asked == found.best else [found.asked, found.best]
+    for footprint in columns:
+        shown.add_column(f"micro batch {footprint.micro_batch}", justify="right")
+    for name, told in _NAMES.items():
+        values = [footprint.parts()[name] for footprint in columns]
+        if any(values):
+            shown.add_row(told, *(f"{value / GB:.3f}" for value in values))
+    shown.add_section()
+    shown.add_row("together", *(f"{footprint.total / GB:.3f}" for footprint in columns))
+    return shown
+
+
+_NAMES = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "moments": "moments of the optimizer",
+    "average": "averaged weights",
+    "gathered": "weights gathered from shards",
+    "activations": "activations of a micro batch",
+    "saving": "copy for saving meanwhile",
+}
+
+
+class Rehearsal:
+    """The steps of one rank, done without numbers; `of` gives the bytes at a size of micro batches."""
+
+    def __init__(self, run: Run, ranks: int, device: str) -> None:
+        self.run, self.ranks, self.device = run, ranks, device
+        self.sharded = run.shard and ranks > 1
+        self.texts = -(-run.batch_size // ranks)
+        # a GPU that is not here is taken for one of those that have bf16
+        self.bf16 = run.dtype == "auto" if device == "cuda" and not torch.cuda.is_available() else False
+        self.bf16 = self.bf16 or in_bf16(run, torch.device(device))
+        self._network = _shapes(run)
+        self._passing: dict[int, int] = {}
+
+    @property
+    def parameters(self) -> int:
+        return self._network.num_parameters
+
+    @property
+    def copy(self) -> int:
+        """Bytes of the copy that one rank alone makes to save while training goes on (saving.py)."""
+        return self._kept * 4 * self.parameters if self.ranks == 1 else 0
+
+    @property
+    def _kept(self) -> int:
+        """Numbers that a checkpoint holds of each parameter."""
+        return 3 if self.run.optim.average is None else 4
+
+    @cached_property
+    def cache(self) -> int:
+        network, request = self.run.network, Request(length=self.run.network.length)
+        order = self.run.algorithm.plan(request, np.random.default_rng(0))
+        capacity = int(order.shown.max()) if order.closed.any() else 0
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        cache = network.cache(1, capacity, dtype, torch.device("meta"))
+        return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+
+    def of(self, micro_batch: int) -> Footprint:
+        """The bytes with micro batches of so many texts."""
+        whole = 4 * self.parameters
+        part = self._part(self._network) if self.sharded else whole
+        return Footprint(
+            micro_batch=micro_batch,
+            weights=part,
+            gradients=self._gradients(micro_batch) if self.sharded else whole,
+            moments=2 * part,
+            average=part if self._kept == 4 else 0,
+            gathered=self._gathered() if self.sharded else 0,
+            activations=self._activations(micro_batch),
+            saving=self.copy if self.device == "cpu" else 0,
+        )
+
+    def _part(self, module: nn.Module) -> int:
+        """Bytes of the largest part of a network: cut along the first dimension, each tensor for itself."""
+        return sum(4 * -(-len(p) // self.ranks) * p[0].numel() for p in module.parameters())
+
+    def _gathered(self) -> int:
+        """Embedding, last norm and head stay whole during a step; of the blocks one is in use, and the next is there
+        twice: as it travels, and unpacked."""
+        return self._root + 3 * self._block // (2 if self.bf16 else 1)
+
+    def _gradients(self, micro_batch: int) -> int:
+        """Gradients travel to their parts after the last pass of a step: before, of several passes, all are whole."""
+        several = len(self._views(micro_batch)) > 1
+        return 4 * self.parameters if several else self._part(self._network) + self._root + self._block
+
+    @property
+    def _block(self) -> int:
+        return 4 * sum(p.numel() for p in self._network.blocks[0].parameters())
+
+    @property
+    def _root(self) -> int:
+        return 4 * self.parameters - self._block * len(self._network.blocks)
+
+    def _activations(self, micro_batch: int) -> int:
+        if micro_batch > _EXACT:
+            low, high = self._activations(_EXACT // 2), self._activations(_EXACT)
+            return high + (high - low) * (micro_batch - _EXACT) // (_EXACT - _EXACT // 2)
+        if micro_batch not in self._passing:
+            self._passing[micro_batch] = self._rehearsed(micro_batch)
+        passing = self._passing[micro_batch]
+        if self.sharded:
+            return max(passing, self._root)  # which is there twice when it has come, before the first pass
+        return passing if self.ranks == 1 else max(passing, self._summed())
+
+    def _summed(self) -> int:
+        """What replicated ranks need to sum their gradients."""
+        largest = max(4 * p.numel() for p in self._network.parameters())
+        return min(4 * self.parameters, 4 * BUCKET + largest)
+
+    def _rehearsed(self, micro_batch: int) -> int:
+        """The peak of a step above what is there before and after it."""
+        ledger, views, network = Ledger(), self._views(micro_batch), _shapes(self.run)
+        fused = Relation(causal=True) if self.device == "cuda" else None  # keeps what FlexAttention keeps
+        with ledger:
+            _give_sizes(network, torch.bfloat16 if self.bf16 and self.sharded else torch.float32)
+            state = [Optimizer(network, self.run.optim)]
+            average = None if self._kept == 3 else WeightAverage(network)
+            before = ledger.live
+            sent = _Sent(network, self.ranks, len(views)) if self.sharded else None
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+                for view in views:
+                    _learn(network, view, fused)
+        gradients = self._gradients(micro_batch) if self.sharded else 4 * self.parameters
+        del state, average, sent
+        return max(0, ledger.peak - before - gradients)
+
+    def _views(self, micro_batch: int) -> Sequence[View]:
+        """What the passes of a step show, two micro batches of them at most: gradients are there from the second on."""
+        run, beyond = self.run, self.run.batch_size - micro_batch
+        batch = Batch.of(torch.zeros(micro_batch, run.network.length, dtype=torch.int64))
+        found = []
+        for draw in range(_DRAWS):  # from all over the batch: what is early in it may be shown little noise
+            start = draw * beyond // (_DRAWS - 1)
+            noise = Noise(seed=run.seed, step=draw, start=start, stop=start + micro_batch, total=run.batch_size)
+            found.append(run.algorithm.views(batch, noise, run.network.mask_id))
+        views = max(found, key=_fullness)
+        return views * 2 if micro_batch < self.texts else views
+
+
+class _Sent:
+    """Gradients of a network in shards, block by block: added up whole, and in the last pass sent as FSDP and gloo do
+    it, laid end to end and copied; what comes back is a part. What was sent stays until the next block is."""
+
+    def __init__(self, network: Denoiser, ranks: int, passes: int) -> None:
+        self._ranks = ranks
+        self._whole: dict[nn.Parameter, Tensor] = {}
+        self._stays: list[Tensor] = []
+        self._sent: Tensor | None = None
+        blocks = [list(block.parameters()) for block in network.blocks]
+        inside = {parameter for block in blocks for parameter in block}
+        for group in (*blocks, [p for p in network.parameters() if p not in inside]):
+            left = itertools.count(passes - 1, -1)
+            for parameter in group:
+                parameter.register_post_accumulate_grad_hook(partial(self._took, group, left))  # type: ignore[no-untyped-call]
+
+    def _took(self, group: list[nn.Parameter], left: Iterator[int], _: Tensor) -> None:
+        if any(parameter.grad is None for parameter in group):
+            return
+        for parameter in group:
+            parameter.grad = None
+            if parameter not in self._whole:
+                self._whole[parameter] = torch.empty(parameter.shape)
+        if not next(left):
+            self._sent = torch.empty(sum(parameter.numel() for parameter in group))
+            for parameter in group:
+                del self._whole[parameter]
+            copy = self._sent.clone()
+            self._stays.append(torch.empty(-(-len(copy) // self._ranks)))
+
+
+def _shapes(run: Run) -> Denoiser:
+    """The network of a run on the meta device: shapes, and nothing behind them."""
+    with torch.device("meta"):
+        network = Denoiser(run.network)
+    network.recompute = run.recompute
+    return network
+
+
+def _give_sizes(network: Denoiser, dtype: torch.dtype) -> None:
+    """Put tensors that a ledger counts in the place of those on the meta device: a block's weights in this dtype, in
+    which they come from shards, the others in float32."""
+    blocks = set(network.blocks.modules())
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            made = torch.empty(parameter.shape, dtype=dtype if module in blocks else torch.float32)
+            setattr(module, name, nn.Parameter(made))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape))
+
+
+def _learn(network: Denoiser, view: View, who: Relation | None) -> None:
+    """The gradients of a view, as train.learn makes them."""
+    loss, _ = objective.of_view(network, view, torch.Generator().manual_seed(0), who)
+    (loss / view.num_tokens).backward()  # type: ignore[no-untyped-call]
+
+
+def _fullness(views: Sequence[View]) -> int:
+    """Rows and targets of the fullest view."""
+    return max(view.tokens.numel() + int((view.weights != 0).sum()) for view in views)
+
+
+def _largest(rehearsal: Rehearsal, room: float) -> int:
+    """The largest micro batch that fits, up to all texts of a rank: by halves, the whole first. 0 if none does."""
+    fits, above, middle = 0, rehearsal.texts + 1, rehearsal.texts
+    while above - fits > 1:
+        fits, above = (middle, above) if rehearsal.of(middle).total <= room else (fits, middle)
+        middle = (fits + above) // 2
+    return fits
+
+
+def _missing(rehearsal: Rehearsal, memory: float, room: float) -> str:
+    """What to say when nothing fits, with remedies that are not in use yet."""
+    run, needed = rehearsal.run, rehearsal.of(1).total
+    tries = [] if run.recompute else ["--set recompute=true"]
+    if not rehearsal.sharded:
+        tries += ["--set shard=true" + ("" if rehearsal.ranks > 1 else " on several ranks")]
+    else:
+        tries += ["more ranks"]
+    tries += ["a smaller network.width, network.layers or network.length"]
+    return (
+        f"nothing fits: one text at a time takes {needed / GB:.2f} GB of each rank, and {room / GB:.2f} GB of the "
+        f"{memory / GB:.2f} GB may be used: {(needed - room) / GB:.2f} GB are missing; try {', '.join(tries)}"
+    )
