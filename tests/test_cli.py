@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import resource
@@ -48,23 +49,31 @@ def trained(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def processor_seconds(code: str, *words: str) -> tuple[float, str]:
+    """Of a Python process of its own, with what it printed."""
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime, done.stdout
+
+
 @pytest.mark.parametrize("name", ["", *cli._COMMANDS])
 def test_help_answers_within_half_a_second_without_torch(name):
-    """In processor time, and best of three, since other tests share the machine."""
-    code = "import sys; from esolm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
-    times = []
-    for _ in range(3):
-        began = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-c", code, *name.split(), "--help"], capture_output=True, text=True, check=False
-        )
-        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
-        assert done.returncode == 0 and "usage: esolm" in done.stdout
-    assert min(times) < 0.5
+    """In processor time, and best of five, since other tests share the machine; where that machine is slow, four times
+    what the libraries alone take."""
+    code = (
+        "import sys; from esolm.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as end: assert not end.code"
+        "\nassert 'torch' not in sys.modules"
+    )
+    stdout, times = "", [math.inf]
+    while min(times) >= 0.5 and len(times) <= 5:
+        seconds, stdout = processor_seconds(code, *name.split(), "--help")
+        times.append(seconds)
+    assert "usage: esolm" in stdout
+    assert min(times) < 0.5 or min(times) < 4 * processor_seconds("import tyro, rich.console")[0]
     if name:
-        assert f"esolm {name}" in done.stdout and "In Python:\n" in done.stdout
-        assert "None" not in done.stdout.replace("NoneType", "") and "(default: )" not in done.stdout
+        assert f"esolm {name}" in stdout and "In Python:\n" in stdout
+        assert "None" not in stdout.replace("NoneType", "") and "(default: )" not in stdout
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -194,10 +194,10 @@ def test_json_that_means_nothing_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("unit", ["[", '{"a":', '"\\"', "[[]"])
 def test_json_a_million_deep_is_refused_at_once(unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError):
         plain.parse(unit * 1_000_000)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_brackets_inside_strings_are_not_depth() -> None:
