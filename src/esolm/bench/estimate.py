@@ -25,6 +25,7 @@ from esolm.noise import generator
 POINTS = 12  # places of each phase
 _DEGREE = 2
 _LEAST_SECONDS = 0.1  # of timed evaluations at a place, where the run has so many
+_WARM = 8  # steps before the timed ones: threads of the engine fall asleep while a writer is put at its place
 _PLACES = 30  # purpose of random tokens
 
 
@@ -51,7 +52,13 @@ class Point:
 
 
 class Standing(sample.Writer):
-    """A writer that can be put at any step of its run."""
+    """A writer that can be put at any step of its run.
+
+    It keeps what it has found for many steps at once, where that covers the step: to find it again wakes the threads of
+    torch, which then keep a core from the engine's for the next evaluations."""
+
+    _known: sample._Feed | None = None
+    _share = 0.0  # seconds a step of finding it
 
     @property
     def phases(self) -> list[Phase]:
@@ -66,7 +73,8 @@ class Standing(sample.Writer):
         written = np.arange(self._tokens.shape[1]) < plans.start[:, [step]]
         mask_id = self.denoiser.config.mask_id
         self._tokens = np.where(written, rng.integers(mask_id, size=written.shape), mask_id)
-        self._texts, self._step, self._feed = np.arange(len(self.requests)), step, None
+        self._texts, self._step, known = np.arange(len(self.requests)), step, self._known
+        self._feed = known if known is not None and known.first <= step < known.last else None
         if self._cache is not None:
             self._cache.truncate(plans.kept[:, step])
         self._drop_finished()
@@ -76,10 +84,13 @@ class Standing(sample.Writer):
         for layer in [] if self._cache is None else [*self._cache.keys, *self._cache.values]:
             layer.normal_(generator=torch.Generator(layer.device).manual_seed(0))
 
-    def look_ahead(self) -> int:
-        """Find what the next steps feed. Returns how many steps that is for."""
-        feed = self._look_ahead()
-        return feed.last - feed.first
+    def look_ahead(self) -> float:
+        """Find what the next steps feed, unless it is known. Returns the seconds that this takes of each of them."""
+        if self._feed is None or self._step == self._feed.last:
+            began = now(self.denoiser.device)
+            self._known = self._look_ahead()
+            self._share = (now(self.denoiser.device) - began) / (self._known.last - self._known.first)
+        return self._share
 
 
 def points(network: Network, method: Algorithm, request: Request) -> Iterator[Point]:
@@ -114,21 +125,19 @@ def _point(writer: Standing, phase: Phase, part: range, period: int) -> Point:
     count = min(periods * period, len(part))
     at = part[(len(part) - count) // 2]
     passes = max(1, round(_LEAST_SECONDS / first / count))
-    mean = statistics.fmean(_timed(writer, range(at, at + count)) for _ in range(passes))
+    mean = statistics.fmean(_timed(writer, range(at, at + count), _WARM) for _ in range(passes))
     return Point(phase=phase, place=at + (count - 1) / 2, seconds=mean)
 
 
-def _timed(writer: Standing, steps: range) -> float:
-    """Mean seconds of these steps. What the sampler finds for many steps at once is charged to each by its share."""
-    device, spent, left, share = writer.denoiser.device, 0.0, 0, 0.0
-    writer.stand(steps[0])
-    for _ in steps:
+def _timed(writer: Standing, steps: range, warm: int = 0) -> float:
+    """Mean seconds of these steps, after the `warm` ones before them. What the sampler finds for many steps at once is
+    charged to each by its share."""
+    device, spent, first = writer.denoiser.device, 0.0, max(0, steps[0] - warm)
+    writer.stand(first)
+    for step in range(first, steps.stop):
+        share = writer.look_ahead()
         began = now(device)
-        if not left:
-            left = served = writer.look_ahead()
-            share = (now(device) - began) / served
-            began = now(device)
         writer.advance()
-        spent += now(device) - began + share
-        left -= 1
+        if step >= steps[0]:
+            spent += now(device) - began + share
     return spent / len(steps)

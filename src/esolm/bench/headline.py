@@ -37,7 +37,7 @@ PUBLISHED: dict[tuple[str, str], dict[int, float]] = {
     ("bd3lm-4", "esolm-b"): {2048: 1.66, 8192: 3.80},
     ("esolm-b", "ar"): {2048: 1.10, 8192: 1.52},
 }
-_REPEATS = 3  # of the check
+_REPEATS = 5  # of the check
 _WARM_STEPS, _MANY_ROWS = 8, 512  # an evaluation of many rows is long: one of them warms up
 _TOLD_EVERY = 64  # steps between two moves of the bar
 _TOLERANCE = 0.05
