@@ -92,6 +92,18 @@ def test_runs_are_listed_with_their_last_figures_and_a_damaged_log_hides_no_othe
     assert "10/10" in shown and "1.000 ± 0.250" in shown and "interrupted" in shown
 
 
+@pytest.mark.parametrize(("width", "shown"), [(80, False), (140, True)])
+def test_a_narrow_terminal_shows_names_rather_than_speeds(tmp_path, capsys, monkeypatch, width, shown):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.chdir(tmp_path)
+    write(Path("sweep") / "a-name-of-20-letters", range(1, 11))
+    cli.main(["runs", "sweep"])
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").replace(" ", "").count("sweep/a-name-of-20-letters"[:24]) == 1
+    assert "1.000 ± 0.250" in out and ("tokens/s" in out) == shown
+    assert max(map(len, out.splitlines())) <= width
+
+
 @pytest.mark.parametrize(("arguments", "code", "told"), [
     (["runs", "nowhere"], 3, "there is no folder nowhere"),
     (["plot", "nowhere"], 3, "nowhere holds no run"),

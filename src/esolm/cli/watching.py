@@ -53,7 +53,8 @@ def runs(
         for run in found:
             print_json(run.values())
     elif found:
-        console(stderr=False).print(_table(found))
+        terminal = console(stderr=False)
+        terminal.print(_table(found, terminal.width))
     else:
         say(f"no runs in {', '.join(map(str, folders))}: begin one with esolm train")
 
@@ -88,17 +89,28 @@ def plot(
     say(f"drawn into {out}")
 
 
-def _table(found: "list[History]") -> "Table":
+_HEAD = ("run", "state", "step", "loss", "validation", "tokens/s", "time", "last line")
+_GIVEN_UP = ("tokens/s", "last line", "time")  # in this order, where the terminal is too narrow for all
+_NARROWEST = 24  # of the first column, which folds
+
+
+def _table(found: "list[History]", width: int) -> "Table":
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("run", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "validation", "tokens/s", "time", "last line"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in found:
-        table.add_row(*_row(run))
+    rows = [dict(zip(_HEAD, _row(run), strict=True)) for run in found]
+    widths = {name: max(cell_len(str(cell)) for cell in (name, *(row[name] for row in rows))) for name in _HEAD}
+    widths["run"] = min(widths["run"], _NARROWEST)
+    for name in _GIVEN_UP:
+        if sum(widths.values()) + 2 * len(widths) > width:
+            del widths[name]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in widths:
+        left = name in ("run", "state")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in widths))
     return table
 
 
