@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,10 @@ class Hub(ThreadingHTTPServer):
         self.breaks_off_after: int | None = None  # bytes of the next file that has more, once
         self.stalls_after: int | None = None  # bytes of the next file of weights; the rest does not come
         self.stalled, self.released = threading.Event(), threading.Event()
+        self.ignores_ranges = False  # and sends the whole
+        self.spoils = 0  # the next files of weights, by a bit of the last byte
+        self.served = 0  # bytes of files
+        self.slow = 0.0  # seconds before a file of weights is sent
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def commit(self, name: str, files: Files, branch: str = "main") -> str:
@@ -96,7 +101,8 @@ class _Answers(BaseHTTPRequestHandler):
         if path not in files:
             return self._error(404, "EntryNotFound")
         content, start = files[path], 0
-        if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if asked and not self.server.ignores_ranges:
             start = int(asked[1])
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{_digest(path, content)}"')
@@ -108,10 +114,15 @@ class _Answers(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
+        if _is_large(path):
+            time.sleep(self.server.slow)
+            if self.server.spoils:
+                self.server.spoils -= 1
+                content = content[:-1] + bytes([content[-1] ^ 1])
         limit = self.server.breaks_off_after
         if limit is not None and len(content) - start > limit:
             self.server.breaks_off_after = None
-            self.wfile.write(content[start : start + limit])
+            self._send(content[start : start + limit])
             self.wfile.flush()
             self.connection.close()
             self.close_connection = True
@@ -119,14 +130,18 @@ class _Answers(BaseHTTPRequestHandler):
         limit = self.server.stalls_after
         if limit is not None and _is_large(path):
             self.server.stalls_after = None
-            self.wfile.write(content[start : start + limit])
+            self._send(content[start : start + limit])
             self.wfile.flush()
             self.server.stalled.set()
             self.server.released.wait(60)
             self.close_connection = True
             return None
-        self.wfile.write(content[start:])
+        self._send(content[start:])
         return None
+
+    def _send(self, content: bytes) -> None:
+        self.wfile.write(content)
+        self.server.served += len(content)
 
     # -- writing -------------------------------------------------------------------------------------------
 

@@ -50,9 +50,9 @@ def step(tmp_path) -> Path:
     return saved(tmp_path / "runs" / "tiny")
 
 
-def saved(folder: Path, seed: int = 0, step: int = 7, validation: float = 1.25) -> Path:
+def saved(folder: Path, seed: int = 0, step: int = 7, validation: float = 1.25, network: Config = NETWORK) -> Path:
     """A step of a run with averaged weights and an optimizer's state."""
-    model = Denoiser(NETWORK, torch.Generator().manual_seed(seed))
+    model = Denoiser(network, torch.Generator().manual_seed(seed))
     weights = dict(model.state_dict())
     return checkpoint.save(
         folder,
@@ -61,7 +61,7 @@ def saved(folder: Path, seed: int = 0, step: int = 7, validation: float = 1.25) 
             model={name: weight + 1 for name, weight in weights.items()},
             ema=weights,
             optim={"moment": torch.ones(3)},
-            config={"network": to_plain(NETWORK), "algorithm": to_plain(EsoLM(alpha_0=0.25))},
+            config={"network": to_plain(network), "algorithm": to_plain(EsoLM(alpha_0=0.25))},
             tokenizer_json=Tokenizer.bytes().to_json(),
             state={"validation": validation, "origin": {"data": "/home/me/secret/books", "pairs": False}},
         ),
@@ -147,7 +147,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server, tmp_path, monk
 
 
 def test_a_download_that_is_killed_is_done_by_the_next_process(server, step, tmp_path):
-    """What arrived whole stays; the file that was under way begins anew, as docs/howto/share.md says of the library."""
+    """What arrived whole stays; a small file that was under way begins anew (of a large one: test_partial.py)."""
     folder = share.pack(step, tmp_path / "packed", NAME)
     server.commit(NAME, files_of(folder))
     server.stalls_after = 5000

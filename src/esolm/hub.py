@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from esolm import seal, shipped
+from esolm import partial, seal, shipped
 
 CARD = "README.md"
 
@@ -117,11 +117,12 @@ def _library(name: str) -> tuple[Any, Path]:
 
 def _snapshot(library: Any, name: str, *, again: bool = False, files: tuple[str, ...] = _FILES) -> Path:
     repository, _, revision = name.partition("@")
+    what: dict[str, Any] = {"repo_id": repository, "revision": revision or None, "allow_patterns": list(files)}
     with _told(name, library):
-        found = library.snapshot_download(
-            repository, revision=revision or None, allow_patterns=list(files), force_download=again
-        )
-    return Path(found)
+        if not again and files != (seal.MANIFEST,):
+            with suppress(library.errors.DryRunError):  # of a Hub that does not answer: told below, if it matters
+                partial.complete(library, repository, library.snapshot_download(**what, dry_run=True))
+        return Path(library.snapshot_download(**what, force_download=again))
 
 
 def _lay_out(snapshot: Path, folder: Path, names: re.Pattern[str]) -> None:
@@ -156,6 +157,8 @@ def _told(name: str, library: Any) -> Iterator[None]:
     errors, repository = library.errors, name.partition("@")[0]
     try:
         yield
+    except partial.PartialError as problem:
+        raise HubError(f"the Hub and {name}: {problem}; try again") from None
     except errors.GatedRepoError:
         raise HubError(f"{repository} asks for its owner's leave: see its page, then set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
