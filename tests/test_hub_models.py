@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,11 +263,26 @@ def test_all_of_a_run_may_be_pushed_and_an_older_file_goes(server, step, run, mo
     assert NAME in server.private
     there = server.commits[server.repositories[NAME]["main"]]
     assert {"ema.safetensors", "optim/shard-00000.safetensors"} < there.keys()
+    assert not [path for path, content in there.items() if b"secret" in content]
+    assert b"books" in there["state.json"]
     server.private.clear()
     run("push", "runs/tiny", NAME, "--revision", "small")
     small = server.commits[server.repositories[NAME]["small"]]
     assert not {"ema.safetensors", "optim/shard-00000.safetensors"} & small.keys()
     assert esolm.load(f"{NAME}@small")
+
+
+def test_of_a_mixture_too_the_folders_of_its_data_stay_here(step, tmp_path):
+    sources = [{"data": data, "pairs": False} for data in ("/home/me/secret/books/", "hf:owner/name", "classics")]
+    origin = {"sources": sources, "weights": [3.0, 2.0, 1.0]}
+    known = checkpoint.load(step)
+    mixed = checkpoint.save(tmp_path / "mixed", replace(known, state={**known.state, "origin": origin}))
+    folder = share.pack(mixed, tmp_path / "packed", NAME, whole=True)
+    assert b"secret" not in b"".join(files_of(folder).values())
+    (folder / "README.md").unlink()  # it is no part of a checkpoint
+    found = checkpoint.load(folder).state
+    assert [source["data"] for source in found["origin"]["sources"]] == ["books", "hf:owner/name", "classics"]
+    assert found["origin"]["weights"] == [3.0, 2.0, 1.0] and found["validation"] == 1.25
 
 
 def test_a_dry_run_shows_the_card_and_sends_nothing(server, step, run):  # noqa: F811

@@ -40,7 +40,7 @@ LEVELS = (
     "prepare exhibits card charts",
     "demo family frontier share export",
     "__init__ cli.parsing",
-    "cli.terminal",
+    "cli.settings cli.terminal",
     "cli.importing cli.judging cli.learning cli.measuring cli.sharing cli.timing cli.watching cli.writing",
     "cli.planning",
     "cli",

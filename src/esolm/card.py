@@ -95,8 +95,12 @@ def _data(origin: Mapping[str, Any]) -> str:
     if "sources" in origin:
         parts = zip(origin["sources"], origin["weights"], strict=True)
         return ", ".join(f"{_data(source)} (weight {weight:g})" for source, weight in parts)
-    data = str(origin["data"])
-    return data if data.startswith("hf:") else PurePath(data).name
+    return data_name(str(origin["data"]))
+
+
+def data_name(data: str) -> str:
+    """What others may know of a place of data: its last name, or all of a data set's of the Hub."""
+    return data if data.startswith("hf:") else PurePath(data).name or data
 
 
 def _sources(algorithm: Algorithm) -> list[str]:

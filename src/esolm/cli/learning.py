@@ -1,15 +1,14 @@
 """`esolm train` and `esolm tokenize`."""
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from esolm.cli.parsing import Flag, Maybe, MethodName
+from esolm.cli.parsing import Flag, Maybe
+from esolm.cli.settings import VOCAB_SIZE, Settings, changed, keys, run_of
 from esolm.cli.terminal import bars, console, device_of, refuse_unwritable, say
 
 if TYPE_CHECKING:
@@ -18,26 +17,6 @@ if TYPE_CHECKING:
     from esolm.sinks import Sink
     from esolm.tokenizer import Tokenizer
     from esolm.train import Run
-
-_VOCAB_SIZE = 4096  # of a tokenizer that is learned
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is trained."""
-
-    recipe: Literal["demo", "shakespeare", "family", "lm1b", "owt"] = "shakespeare"
-    """The settings to begin with."""
-    model: MethodName = "esolm-b"
-    """The method."""
-    alpha_0: Maybe[float] = None
-    """Eso-LM: share of the text that diffusion writes, 0 to 1."""
-    block_size: Maybe[int] = None
-    """BD3-LM: tokens of a block."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...", help_behavior_hint="")] = ()
-    """Other settings, as in network.width=512."""
-    seed: int = 0
-    """Of the weights, the order of the data and all noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +158,7 @@ def tokenize(
     refuse_unwritable(out)
     source = _source(Reading(data=data, pairs=pairs, field=field, answer=answer), seed=0)
     known = _tokenizer(tokenizer, None, out, vocab_size)
-    how: dict[str, Any] = {"tokenizer": known, "vocab_size": vocab_size or _VOCAB_SIZE, "console": bars()}
+    how: dict[str, Any] = {"tokenizer": known, "vocab_size": vocab_size or VOCAB_SIZE, "console": bars()}
     if isinstance(source, prepare.Mixed):
         found = prepare.tokens_of_mixed(source, out, **how)[1]
     else:
@@ -191,15 +170,6 @@ def tokenize(
 def _refuse_answer(answer: str, pairs: bool) -> None:
     if answer != _READING.answer and not pairs:
         raise ValueError("--answer names the field of answers: it needs --pairs")
-
-
-def run_of(settings: Settings, vocab_size: int = _VOCAB_SIZE) -> "Run":
-    """The run of a recipe, before other settings; the tokenizer will tell the size of its vocabulary."""
-    from esolm import recipes
-
-    method = recipes.method(settings.model, settings.alpha_0, settings.block_size)
-    run: Run = getattr(recipes, settings.recipe)(method, vocab_size)
-    return run
 
 
 def _begun(run: "Run", reading: Reading, going: Going, ranks: "Ranks") -> None:
@@ -217,7 +187,7 @@ def _begun(run: "Run", reading: Reading, going: Going, ranks: "Ranks") -> None:
     source = _source(reading, run.seed)
     with ranks.leader_first():
         known = _tokenizer(reading.tokenizer, going.from_, going.out, reading.vocab_size)
-        text = _text(source, going.out, tokenizer=known, vocab_size=reading.vocab_size or _VOCAB_SIZE)
+        text = _text(source, going.out, tokenizer=known, vocab_size=reading.vocab_size or VOCAB_SIZE)
     run = replace(run, {"network.vocab_size": text.tokenizer.vocab_size})
     _learn(run, text, source, going, device, sinks, ranks=ranks, start=going.from_)
 
@@ -347,53 +317,3 @@ def _refuse_other(settings: Settings, reading: Reading, going: Going) -> None:
     given += ["--auto-resume"] if going.auto_resume else []
     if given:
         raise ValueError(f"--resume goes on with the run in {going.out} as it began: leave out {', '.join(given)}")
-
-
-def changed(run: "Run", settings: Settings, minutes: float | None = None) -> "Run":
-    """The run with the settings of `--set`, `--seed` and `--minutes`."""
-    from esolm.plain import replace
-
-    changes = _assignments(settings.set)
-    for key, option in (("seed", "--seed"), ("minutes", "--minutes"), ("network.vocab_size", "--vocab-size")):
-        if key in changes:
-            raise ValueError(f"{key} has an option of its own: use {option}")
-    known = keys(run)
-    for key in changes:
-        inner = [name for name in known if name.endswith(f".{key}")]
-        if inner:
-            raise ValueError(f"there is no setting {key!r}; did you mean {' or '.join(map(repr, inner))}?")
-    try:
-        return replace(run, {**changes, "seed": settings.seed, "minutes": minutes})
-    except ValueError as problem:
-        hint = "; --set help lists the keys" if "unknown key" in str(problem) else ""
-        raise ValueError(f"{problem}{hint}") from None
-
-
-def keys(run: "Run | Source | Mixed") -> dict[str, str]:
-    """Every setting of a run (or of sources) by its dotted key, as `--set` takes it."""
-    from esolm.plain import to_plain
-
-    found: dict[str, str] = {}
-    inside = [("", to_plain(run))]
-    while inside:
-        key, value = inside.pop()
-        value = dict(enumerate(value)) if isinstance(value, list) and value and isinstance(value[0], dict) else value
-        if isinstance(value, dict):
-            inside += reversed([(f"{key}.{name}".removeprefix("."), part) for name, part in value.items()])
-        else:
-            found[key] = value if isinstance(value, str) else json.dumps(value)
-    return found
-
-
-def _assignments(settings: Sequence[str]) -> dict[str, object]:
-    """`key=value` settings; a value is JSON where it is JSON, else a word."""
-    changes: dict[str, object] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes key=value, got {setting!r}")
-        try:
-            changes[key] = json.loads(value)
-        except ValueError:
-            changes[key] = value
-    return changes

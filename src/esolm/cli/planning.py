@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from esolm.cli.learning import Settings, changed, keys, run_of
 from esolm.cli.parsing import Flag, Maybe
+from esolm.cli.settings import Settings, changed, keys, run_of
 from esolm.cli.terminal import console, print_json
 
 _SETTINGS = Settings()

@@ -38,8 +38,8 @@ def push(
         private: Make it private, if it is made.
         revision: A branch, made if there is none; left out, main.
         license: Of the weights, for the card.
-        optimizer: Also all that training needs to go on, the names of its data too; left out, the averaged weights
-            alone, which write and score.
+        optimizer: Also all that training needs to go on, the names of its data too (no folders); left out, the averaged
+            weights alone, which write and score.
         dry_run: Show the card and the files, and put nothing anywhere.
     """
     from esolm import hub, share
