@@ -180,6 +180,10 @@ def test_the_table_is_there_after_each_checkpoint(run, trained, tmp_path):
     run("evaluate", trained, tmp_path / "nothing", *data, "--out", tmp_path / "out", code=3)
     (row,) = json.loads((tmp_path / "out/table.json").read_text())
     assert row["name"] == str(trained) and (tmp_path / "out/table.md").read_text().count("\n") == 3
+    run("evaluate", trained, trained, *data, "--out", tmp_path / "out")
+    for others, code, count in (((tmp_path / "nothing",), 3, 2), ((), 0, 1)):  # cut short by its second; gone through
+        run("evaluate", trained, *others, *data, "--out", tmp_path / "out", code=code)
+        assert len(json.loads((tmp_path / "out/table.json").read_text())) == count
     (tmp_path / "out/table.json").write_text('[{"entropy": 5.0}]')
     _, err = run("evaluate", trained, *data, "--out", tmp_path / "out", code=2)
     assert "would be lost: choose another --out" in err

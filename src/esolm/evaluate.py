@@ -154,9 +154,10 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def keep(rows: Sequence[Row], folder: Path) -> None:
-    """Write the table to `table.md`, and all figures to `table.json`, in place of those of fewer rows."""
-    records.keep_table(folder, markdown(rows), [row.values() for row in rows])
+def keep(rows: Sequence[Row], folder: Path, *, done: bool = True) -> None:
+    """Write the table to `table.md`, and all figures to `table.json`; until it is `done`, in place of those of as many
+    rows or fewer only."""
+    records.keep_table(folder, markdown(rows), [row.values() for row in rows], done=done)
 
 
 _COLUMNS = ("model", "measure", "nats/token", "±", "95 % of texts", "± draws", "perplexity", "bits/byte", "tokens")

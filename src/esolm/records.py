@@ -18,9 +18,12 @@ from esolm import plain
 _FIGURES = "table.json"
 
 
-def keep_table(folder: Path, markdown: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table to `table.md` and all its figures to `table.json`, each whole or not at all."""
+def keep_table(folder: Path, markdown: str, rows: Sequence[Mapping[str, Any]], *, done: bool = True) -> None:
+    """Write a table to `table.md` and all its figures to `table.json`, each whole or not at all. One that is not `done`
+    takes the place of none that has more rows: of a measurement that is gone through again."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not done and len(_rows_there(folder)) > len(rows):
+        return
     for name, text in (("table.md", markdown), (_FIGURES, plain.render(list(rows)))):
         part = folder / f".{name}.part"
         part.write_text(text, encoding="utf-8")
@@ -30,13 +33,18 @@ def keep_table(folder: Path, markdown: str, rows: Sequence[Mapping[str, Any]]) -
 def refuse_other_table(folder: Path, column: str) -> None:
     """ValueError, before any work, if a folder's table has rows without `column`: another command's, which ours would
     replace."""
+    if any(not isinstance(row, dict) or column not in row for row in _rows_there(folder)):
+        raise ValueError(f"{folder / _FIGURES} is the table of something else and would be lost: choose another --out")
+
+
+def _rows_there(folder: Path) -> Sequence[Any]:
+    """The rows of a folder's table; one that is no row if it cannot be read."""
     path = folder / _FIGURES
     try:
         rows = plain.parse(path.read_text(encoding="utf-8")) if path.is_file() else []
     except ValueError:
-        rows = [None]
-    if any(not isinstance(row, dict) or column not in row for row in rows):
-        raise ValueError(f"{path} is the table of something else and would be lost: choose another --out")
+        rows = None
+    return rows if isinstance(rows, list) else [None]
 
 
 class Records:

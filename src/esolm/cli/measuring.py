@@ -69,7 +69,7 @@ def evaluate(
         field: Field of the text in JSON lines, Parquet or a data set.
         scoring: How texts are scored.
         out: Folder that keeps each score as it comes (an interrupted evaluation goes on), and table.md and table.json,
-            written anew after each checkpoint.
+            written anew after each checkpoint, but not in place of a longer one before the last.
         dtype: Score with the products that write in this dtype; left out, exactly, in float32.
         device: auto, cpu, cuda, cuda:1, ...
         plot: Also draw the rows with their errors, and Eso-LMs against alpha_0, into this file (needs the extra plot).
@@ -85,13 +85,13 @@ def evaluate(
     given = None if data is None else list(corpus.documents(prepare.located(data), field=field))
     how = {**vars(scoring), "texts": scoring.texts or None, "scores": None if out is None else out / "scores"}
     rows = []
-    for path in checkpoints:
+    for number, path in enumerate(checkpoints, start=1):
         documents = prepare.held_out(path) if given is None else given
         model = loaded(path, dtype or "float32", device)
         name = str(path) if dtype is None else f"{path} in {dtype}"
         rows += measure(model, documents, name=name, as_written=dtype is not None, console=bars(), **how)
         if out is not None:
-            keep(rows, out)
+            keep(rows, out, done=number == len(checkpoints))
     _show(rows, plot, json)
 
 
