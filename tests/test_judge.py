@@ -209,6 +209,11 @@ def test_the_table_is_there_after_each_file_and_another_commands_is_not_replaced
     assert "too few tokens" in capsys.readouterr().err
     (row,) = json.loads((tmp_path / "out/table.json").read_text())
     assert row["name"] == str(tmp_path / "fine.txt") and row["num_texts"] == 1
+    (tmp_path / "out/table.json").write_text('[{"entropy": 1.0}, {"entropy": 2.0}]')  # of a call that had more files
+    with pytest.raises(SystemExit):
+        main(call)
+    assert "too few tokens" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out/table.json").read_text())) == 2
     for other in ('[{"kind": "NELBO"}]', "mine"):
         (tmp_path / "out/table.json").write_text(other)
         with pytest.raises(SystemExit):

@@ -328,9 +328,9 @@ def markdown(rows: Sequence[Quality]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def keep(rows: Sequence[Quality], folder: Path) -> None:
-    """Write the table to `table.md`, and all figures to `table.json`, in place of those of fewer rows."""
-    keep_table(folder, markdown(rows), [row.values() for row in rows])
+def keep(rows: Sequence[Quality], folder: Path, *, done: bool = True) -> None:
+    """Write the table to `table.md`, and all figures to `table.json`, as `records.keep_table` does."""
+    keep_table(folder, markdown(rows), [row.values() for row in rows], done=done)
 
 
 _COLUMNS = (

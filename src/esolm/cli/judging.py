@@ -56,7 +56,7 @@ def judge(
         length: Most tokens that a judge of transformers reads at once.
         seed: Of the bootstrap and of MAUVE.
         out: Folder that keeps each score as it comes (an interrupted call goes on), and table.md and table.json,
-            written anew after each file.
+            written anew after each file, but not in place of a longer one before the last.
         device: auto, cpu, cuda, cuda:1, ...
         plot: Also draw perplexity against entropy, a point for each file, into this file (needs the extra plot).
         json: Print JSON lines instead of a table.
@@ -77,7 +77,7 @@ def judge(
     for name, found, more in jobs:
         rows.append(measured(by_whom, found, name=name, **more, **how))
         if out is not None:
-            keep(rows, out)
+            keep(rows, out, done=len(rows) == len(jobs))
     if plot is not None:
         charts.qualities(rows, plot)
     _print(rows, table(rows), json)
