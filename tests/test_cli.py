@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from esolm import checkpoint, cli, journal, parts
+from esolm import checkpoint, cli, inference, journal, native, parts
 from esolm.cli import writing
 from esolm.tokenizer import Tokenizer
 
@@ -296,6 +297,29 @@ def test_too_little_memory_is_told_in_one_line(run, trained, monkeypatch, proble
     monkeypatch.setattr(writing, "loaded", too_large)
     _, err = run("sample", trained, code=1)
     assert "out of memory" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_terminal_is_told_why_writing_is_slower(run, trained, monkeypatch, tmp_path, json_too):
+    """`info` says it in either form, and what the modules log is one line of a terminal, but not beside JSON."""
+    log = logging.getLogger("esolm")
+    for name in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(log, name, getattr(log, name))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", shutil.which("false"))
+    native.found.cache_clear()
+    inference.compiled.cache_clear()
+    try:
+        out, err = run("info", trained, *(["--json"] if json_too else []))
+    finally:
+        native.found.cache_clear()
+        inference.compiled.cache_clear()
+    why = json.loads(out)["no_engine"] if json_too else next(line for line in out.splitlines() if "engine" in line)
+    assert "false failed (exit 1): name another compiler" in why
+    lines = [line.split(",")[0] for line in err.splitlines()]
+    told = ["esolm: compiling the engine for this processor", "esolm: no compiled engine"]
+    assert lines == ([] if json_too else told)
 
 
 def test_a_bug_shows_where_it_is(run, trained, monkeypatch):

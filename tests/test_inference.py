@@ -1,10 +1,13 @@
 """The network as it writes is the denoiser: the same logits in every shape of network, near ones in smaller dtypes."""
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from esolm import calibrate, draw, native
+from esolm import calibrate, draw, native, products
 from esolm.attention import Relation, attends, relation
 from esolm.denoiser import Config, Denoiser
 from esolm.engine import Engine
@@ -82,7 +85,7 @@ def test_smaller_weights_give_near_logits(kind, shape, dtype):
 @pytest.mark.parametrize("width", [96, 264])
 def test_a_row_of_the_compiled_network_has_the_same_bits_in_any_company(dtype, width):
     """Alone, among others of its text, among other texts of more and of fewer rows, with one thread and with two."""
-    network = made(Engine, denoiser(width=width, mlp_width=200, length=64), dtype)
+    network = made(Engine, denoiser(width=width, mlp_width=201, length=64), dtype)
     tokens = torch.randint(0, 49, (3, 40), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(40).expand(3, -1)
 
@@ -134,47 +137,63 @@ def test_the_compiled_draw_is_the_draw():
         network.draw(hidden, uniform.numpy())
 
 
-@pytest.mark.parametrize("problem", ["off", "no compiler", "broken compiler", "wrong numbers"])
-def test_without_a_compiled_network_torch_writes(problem, monkeypatch, tmp_path):
+REASONS = {
+    "off": "ESOLM_NATIVE=0",
+    "no compiler": "there is no C compiler",
+    "broken compiler": r"cc failed \(error: no such machine\)",
+    "wrong numbers": "gives other numbers",
+}
+
+
+@pytest.mark.parametrize("problem", REASONS)
+def test_without_a_compiled_network_torch_writes_and_says_why(problem, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if problem == "off":
         monkeypatch.setenv("ESOLM_NATIVE", "0")
     elif problem == "no compiler":
         monkeypatch.setenv("PATH", "")
     elif problem == "broken compiler":
-        (tmp_path / "cc").write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / "cc").write_text("#!/bin/sh\necho 'a word' >&2\necho 'error: no such machine' >&2\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)
         monkeypatch.setenv("CC", str(tmp_path / "cc"))
     else:
         monkeypatch.setattr(Engine, "logits", lambda network, hidden: torch.zeros(*hidden.shape[:-1], 40))
-    native.library.cache_clear()
+    native.found.cache_clear()
     compiled.cache_clear()
     try:
-        assert isinstance(prepared(denoiser(), "float32"), Inference)
+        with caplog.at_level("INFO", "esolm.native"):
+            found = [prepared(denoiser(), "float32") for _ in range(2)]
+        assert all(isinstance(network, Inference) and re.search(REASONS[problem], network.lacking) for network in found)
+        assert prepared(denoiser(), "float32", rows=100).lacking == ""
+        told = [line for line in caplog.messages if line.startswith("no compiled engine")]
+        assert len(told) == (problem in ("no compiler", "broken compiler"))
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        native.found.cache_clear()
         compiled.cache_clear()
 
 
-def test_the_library_is_compiled_once_and_kept_where_nobody_else_writes(monkeypatch, tmp_path):
+def test_the_library_is_compiled_once_and_kept_where_nobody_else_writes(monkeypatch, tmp_path, caplog):
     if native.library() is None:
         pytest.skip("no C compiler is here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.library.cache_clear()
+    native.found.cache_clear()
     try:
-        assert native.library() is not None
+        with caplog.at_level("INFO", "esolm.native"):
+            assert native.library() is not None
         (made_here,) = (tmp_path / "esolm" / "native").iterdir()
         before = made_here.stat().st_mtime_ns
-        native.library.cache_clear()
-        assert native.library() is not None and made_here.stat().st_mtime_ns == before
+        native.found.cache_clear()
+        with caplog.at_level("INFO", "esolm.native"):
+            assert native.library() is not None and made_here.stat().st_mtime_ns == before
+        assert [line.split()[0] for line in caplog.messages] == ["compiling"]  # told once
         made_here.parent.chmod(0o777)
         made_here.write_bytes(b"not ours")
-        native.library.cache_clear()
+        native.found.cache_clear()
         assert native.library() is not None and made_here.read_bytes() == b"not ours"
     finally:
         monkeypatch.undo()
-        native.library.cache_clear()
+        native.found.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -224,6 +243,24 @@ def test_it_tells_what_its_products_read(kind):
         product.inputs * product.outputs for product in network.products
     )
     assert describe(network).startswith(f"{len(network.products)} {network.products[0].kind}, ")
+
+
+def test_weights_of_the_compiled_network_lie_in_the_order_in_which_they_are_read():
+    """Without gaps: what is asked for ahead of one product's end is the next one's beginning."""
+    for dtype in ("float32", "float16", "bfloat16", "int8"):
+        weights = [product.weight for product in made(Engine, denoiser(mlp_width=201), dtype).products]
+        for one, following in itertools.pairwise(weights):
+            assert one.data_ptr() % 64 == 0
+            assert 0 <= following.data_ptr() - one.data_ptr() - one.nbytes < 64
+
+
+def test_float16_that_torch_lacks_is_the_compiled_networks_alone(monkeypatch):
+    monkeypatch.setattr(products, "half_runs", lambda: False)
+    cpu = torch.device("cpu")
+    assert chosen("float16", cpu, engine=True) == "float16"
+    with pytest.raises(ValueError, match="no product with float16 weights"):
+        chosen("float16", cpu)
+    assert made(Engine, denoiser(), "float16").products[0].dtype == "float16"
 
 
 def test_auto_is_float16_at_a_few_rows_and_never_int8():

@@ -26,6 +26,7 @@ from esolm.native import Op, Pass
 from esolm.products import Chosen, fits_half, int8_steps, table_dtype
 
 _HIDDEN, _NORMED, _QKV, _MIXED, _UP, _GATED, _OUT = range(7)  # buffers: [row, width of what they hold]
+_LINE = 64  # bytes that memory gives at once
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -40,6 +41,7 @@ class Engine:
         self._lock = threading.Lock()  # of the buffers and the record below, which are used again and again
         self._kept: list[Tensor] = []  # what the operations point to
         self.products: list[Panels] = []
+        self._memory = _Memory(denoiser, library)
         ops = self._body(denoiser)
         self._body_ops = (Op * len(ops))(*ops)
         head = self._product(denoiser.head, _NORMED, _OUT)
@@ -193,12 +195,11 @@ class Engine:
         )
 
     def _product(self, linear: nn.Linear, source: int, target: int, flags: int = 0) -> Op:
-        panels = Panels(linear, self.dtype)
+        panels = Panels(linear, self.dtype, self._memory, pairs=self._library.pairs)
         self.products.append(panels)
-        self._library.advise(panels.weight.data_ptr(), panels.weight.nbytes)
         return Op(
             kind=native.PRODUCT,
-            dtype=native.DTYPES[panels.dtype],
+            dtype=native.DTYPES["pairs" if panels.pairs else panels.dtype],
             flags=flags,
             inputs=panels.inputs,
             outputs=panels.outputs,
@@ -216,24 +217,46 @@ class Engine:
         return own
 
 
-class Panels:
-    """A linear layer's weight as the products of `native` read it: `[panel, input, output]`."""
+class _Memory:
+    """One piece for the weights of all products, in large pages: they lie in the order in which they are read. It is
+    asked for before it is written, since pages that are in use already stay small; what is never written is not taken.
+    """
 
-    def __init__(self, linear: nn.Linear, dtype: Chosen) -> None:
+    def __init__(self, denoiser: Denoiser, library: native.Library) -> None:
+        linears = [part for part in denoiser.modules() if isinstance(part, nn.Linear)]
+        numbers = sum((part.out_features + native.PANEL) * (part.in_features + 1) for part in linears)
+        self._bytes = torch.empty(4 * numbers + _LINE * len(linears), dtype=torch.uint8)
+        self._used = -self._bytes.data_ptr() % _LINE
+        library.advise(self._bytes.data_ptr(), self._bytes.nbytes)
+
+    def copy(self, weight: Tensor) -> Tensor:
+        """A contiguous copy of it, behind the last one."""
+        own = self._bytes[self._used : self._used + weight.nbytes].view(weight.dtype).view(weight.shape)
+        self._used += -(-weight.nbytes // _LINE) * _LINE
+        return own.copy_(weight)
+
+
+class Panels:
+    """A linear layer's weight as the products of `native` read it: `[panel, input, output]`; of bfloat16 where the CPU
+    multiplies two by two `[panel, input / 2, output, 2]`, and rows are rounded as well."""
+
+    def __init__(self, linear: nn.Linear, dtype: Chosen, memory: _Memory, *, pairs: bool) -> None:
         weight = linear.weight.detach().float()
         self.outputs, self.inputs = weight.shape
         if dtype == "float16" and not fits_half(weight):
             dtype = "float32"
-        self.dtype = dtype
+        self.dtype, self.pairs = dtype, pairs and dtype == "bfloat16"
         self.scale: Tensor | None = None
         if dtype == "int8":
             weight, scale = int8_steps(weight)
             self.scale = scale.float()
         weight = weight.to(_DTYPES[dtype])
         panels = -(-self.outputs // native.PANEL)
-        padded = weight.new_zeros(panels * native.PANEL, self.inputs)
-        padded[: self.outputs] = weight
-        self.weight = padded.view(panels, native.PANEL, self.inputs).transpose(1, 2).contiguous()
+        together = 2 if self.pairs else 1
+        deep = -(-self.inputs // together)
+        padded = weight.new_zeros(panels * native.PANEL, deep * together)
+        padded[: self.outputs, : self.inputs] = weight
+        self.weight = memory.copy(padded.view(panels, native.PANEL, deep, together).transpose(1, 2))
         self.bias = None if linear.bias is None else linear.bias.detach().float().clone()
 
     @property

@@ -22,7 +22,7 @@ from esolm import checkpoint, likelihood, plain, sample
 from esolm.algorithms.algorithm import Algorithm, Batch, Request, recorded
 from esolm.denoiser import Config, Denoiser
 from esolm.draw import Draw
-from esolm.inference import describe, prepared
+from esolm.inference import Inference, describe, prepared
 from esolm.noise import Noise, generator
 from esolm.order import Positions, Uniform
 from esolm.products import Dtype
@@ -290,6 +290,8 @@ class Model:
             "vocabulary": f"{config.vocab_size:,} ids, the last is the mask",
             "products": describe(self.writer),
         }
+        if isinstance(self.writer, Inference) and self.writer.lacking:
+            told["engine"] = f"none, torch writes: {self.writer.lacking}"
         try:
             return told | self._recorded()
         except (AttributeError, LookupError, TypeError, ValueError):

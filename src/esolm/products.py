@@ -49,17 +49,18 @@ class Product(ABC):
         return self.size * self.inputs * self.outputs
 
 
-def chosen(dtype: Dtype, device: torch.device, rows: int = 2) -> Chosen:
+def chosen(dtype: Dtype, device: torch.device, rows: int = 2, *, engine: bool = False) -> Chosen:
     """What `auto` means on this device for products of this many rows. The CPU is asked, never assumed: float16
     weights where torch has their product, unless bf16 products are faster (measured once) and the rows many.
 
-    int8 changes the model most, so it is never chosen for the user. ValueError for what the device lacks.
+    int8 changes the model most, so it is never chosen for the user. `engine`: is it the compiled engine's products that
+    run? It has all dtypes on every CPU. ValueError for what the device lacks.
     """
     if device.type != "cpu":
         if dtype in ("int8", "float16"):
             raise ValueError(f"{dtype} products run on a CPU only, the network is on {device}: use bfloat16 or auto")
         return dtype if dtype != "auto" else "bfloat16" if bf16_pays(device) else "float32"
-    if dtype == "float16" and not half_runs():
+    if dtype == "float16" and not (engine or half_runs()):
         raise ValueError("this build of torch has no product with float16 weights: use float32, bfloat16 or auto")
     if dtype != "auto":
         return dtype
@@ -89,10 +90,10 @@ def table_dtype(dtype: Chosen) -> torch.dtype:
 
 
 def packed(linear: nn.Linear, dtype: Chosen) -> Product:
-    """The product of a linear layer in this dtype, or in the nearest one that can hold it."""
+    """The product of a linear layer in this dtype, or in the nearest one that can hold it and that torch has here."""
     if dtype == "int8" and linear.weight.shape[1] % _INT8_COLUMNS == 0:
         return Int8(linear)
-    if dtype == "float16" and fits_half(linear.weight):
+    if dtype == "float16" and half_runs() and fits_half(linear.weight):
         return Half(linear)
     plain = torch.bfloat16 if dtype in ("bfloat16", "int8") else torch.float32
     return Packed(linear, plain) if _packs(plain) else Plain(linear, plain)

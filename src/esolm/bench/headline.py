@@ -25,6 +25,7 @@ from esolm.algorithms import AR, BD3LM, MDLM, Algorithm, EsoLM, Request
 from esolm.bench import estimate
 from esolm.calibrate import capability, now
 from esolm.denoiser import Config, Denoiser
+from esolm.engine import Engine
 from esolm.inference import Network, prepared
 from esolm.noise import generator
 from esolm.products import Chosen, Dtype, chosen
@@ -203,8 +204,9 @@ class _Text:
         self.request = Request(length=length, stop_at_end=False)
         plan = method.plan(self.request, generator(0))
         self.evaluations, self.rows = plan.num_steps, float(plan.rows_fed.mean())
-        self.dtype = chosen(settings.dtype, denoiser.device, round(self.rows))
-        self.network: Network = prepared(denoiser, self.dtype, rows=round(self.rows))
+        self.network: Network = prepared(denoiser, settings.dtype, rows=round(self.rows))
+        engine = isinstance(self.network, Engine)
+        self.dtype = chosen(settings.dtype, denoiser.device, round(self.rows), engine=engine)
 
     def row(self) -> Row:
         """Time it: by turns, if it is for the check; else whole if that does not take too long."""

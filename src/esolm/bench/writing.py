@@ -169,7 +169,7 @@ class _Timing:
         fed, drawn, read = plan.rows_fed.mean(), (plan.stop - plan.start).mean(), plan.shown.mean()
         self.rows = float(fed)
         self.network = prepared(denoiser, dtype, rows=_whole(fed))
-        self.dtype = chosen(dtype, denoiser.device, _whole(fed))
+        self.dtype = chosen(dtype, denoiser.device, _whole(fed), engine=isinstance(self.network, Engine))
         self.times: list[float] = []
         self.kernel_times: list[float] = []
         self.evaluations: list[int] = []

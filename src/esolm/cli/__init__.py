@@ -22,6 +22,7 @@ from esolm.cli.measuring import demo, evaluate, info, verify
 from esolm.cli.parsing import call_of, fail, summary
 from esolm.cli.planning import plan
 from esolm.cli.sharing import export, push
+from esolm.cli.terminal import tell_log
 from esolm.cli.timing import bench, bench_training
 from esolm.cli.watching import plot, runs
 from esolm.cli.writing import infill, sample
@@ -62,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name not in _COMMANDS:
         _refuse(name)
     else:
-        run(call_of(_COMMANDS[name], name, rest))
+        call = call_of(_COMMANDS[name], name, rest)
+        if "--json" not in rest:
+            tell_log()
+        run(call)
 
 
 def defined(arguments: Sequence[str]) -> list[str]:

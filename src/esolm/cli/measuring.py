@@ -183,14 +183,16 @@ def verify(checkpoint: Checkpoint) -> None:
 
 
 def _recorded(model: "Model") -> dict[str, Any]:
-    from esolm.inference import describe
+    from esolm.inference import Inference, describe
     from esolm.plain import to_plain
 
+    lacking = model.writer.lacking if isinstance(model.writer, Inference) else ""
     return {
         "algorithm": to_plain(model.algorithm),
         "parameters": model.denoiser.num_parameters,
         "network": to_plain(model.denoiser.config),
         "products": describe(model.writer),
+        **({"no_engine": lacking} if lacking else {}),
         **model.facts,
     }
 

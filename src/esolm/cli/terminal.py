@@ -19,6 +19,17 @@ def say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def tell_log() -> None:
+    """From now on a terminal is told what modules log: that something is compiled, why something is slower."""
+    import logging
+
+    if sys.stderr.isatty():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("esolm: %(message)s"))
+        log = logging.getLogger("esolm")
+        log.handlers, log.level, log.propagate = [handler], logging.INFO, False
+
+
 def print_json(data: object) -> None:
     print(json.dumps(data, ensure_ascii=False))
 

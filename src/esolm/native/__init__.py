@@ -6,12 +6,13 @@
 
 The text is compiled at its first use, by the C compiler that is found (`CC`, cc, gcc, clang), for this processor, into
 the user's folder of caches. Without a compiler, or with ESOLM_NATIVE=0, there is no library, and what would use it uses
-torch. It knows no network: engine.py does.
+torch; `found` and one line of the log "esolm.native" say why. It knows no network: engine.py does.
 """
 
 import atexit
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -28,9 +29,10 @@ _HERE = Path(__file__).parent
 _TEXTS = ("step.c", "operations.h", "vectors.h")
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _PATIENCE = 120  # seconds that a compiler is given
+_LOG = logging.getLogger(__name__)
 
 EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SUM, FIND = range(8)  # kinds of operations
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "pairs": 4}
 RMS, SPREAD, ADD, GELU = 1, 2, 1, 2  # flags: of a norm, of a product
 EVERYTHING, CAUSAL, MASKED = range(3)  # what a row reads
 PANEL, QUERIES, BLOCK = 32, 2, 512
@@ -66,33 +68,61 @@ class Library:
     run: Callable[[ctypes.Array[Op], int, Pass, int], int]
     advise: Callable[[int, int], None]  # that so many bytes from an address are read from front to back
     lanes: int  # floats in a vector
+    pairs: bool  # does it multiply bfloat16 numbers two by two (AVX512 bf16)?
+
+
+@dataclass(frozen=True)
+class Found:
+    """The compiled text, or why there is none."""
+
+    library: Library | None = None
+    why: str = ""
+
+
+def library() -> Library | None:
+    """The compiled text, or None where there is none."""
+    return found().library
 
 
 @cache
-def library() -> Library | None:
-    """The compiled text, or None where there is none."""
-    if os.environ.get("ESOLM_NATIVE") == "0" or os.name != "posix":
-        return None
+def found() -> Found:
+    """The compiled text, compiled if need be, or the reason why there is none, told in the log as well."""
+    if os.environ.get("ESOLM_NATIVE") == "0":
+        return Found(why="ESOLM_NATIVE=0 turns it off")
+    result = _sought()
+    if result.library is None:
+        _LOG.info("no compiled engine, torch writes: %s", result.why)
+    return result
+
+
+def _sought() -> Found:
+    if os.name != "posix":
+        return Found(why="it needs POSIX threads")
     given = os.environ.get("CC")
     compiler = next((path for name in (given, "cc", "gcc", "clang") if name and (path := shutil.which(name))), None)
     if compiler is None:
-        return None
+        return Found(why="there is no C compiler: install gcc or clang, or name one in CC")
     try:
-        return _loaded(_compiled(compiler))
-    except (OSError, AttributeError, subprocess.SubprocessError):
-        return None
+        loaded = _loaded(_compiled(compiler))
+    except subprocess.CalledProcessError as problem:
+        words = problem.stderr.decode(errors="replace").strip().splitlines()
+        said = next((line for line in words if "error" in line), words[0] if words else f"exit {problem.returncode}")
+        return Found(why=f"{compiler} failed ({said}): name another compiler in CC")
+    except (OSError, AttributeError, subprocess.SubprocessError) as problem:
+        return Found(why=f"what {compiler} made cannot be had: {problem}")
+    return Found(loaded) if loaded else Found(why=f"what {compiler} made has other sizes: name another compiler in CC")
 
 
 def _loaded(path: Path) -> Library | None:
-    found = ctypes.CDLL(str(path))
-    found.esolm_run.argtypes = [c_void_p, c_int, POINTER(Pass), c_int]
-    found.esolm_advise.argtypes = [c_void_p, c_size_t]
-    found.esolm_advise.restype = None
-    sizes = (c_int64 * 6)()
-    found.esolm_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(Op), ctypes.sizeof(Pass), PANEL, sizes[3], QUERIES, BLOCK]:
+    made = ctypes.CDLL(str(path))
+    made.esolm_run.argtypes = [c_void_p, c_int, POINTER(Pass), c_int]
+    made.esolm_advise.argtypes = [c_void_p, c_size_t]
+    made.esolm_advise.restype = None
+    sizes = (c_int64 * 7)()
+    made.esolm_sizes(sizes)
+    if list(sizes) != [ctypes.sizeof(Op), ctypes.sizeof(Pass), PANEL, sizes[3], QUERIES, BLOCK, sizes[6]]:
         return None
-    return Library(run=found.esolm_run, advise=found.esolm_advise, lanes=sizes[3])
+    return Library(run=made.esolm_run, advise=made.esolm_advise, lanes=sizes[3], pairs=bool(sizes[6]))
 
 
 def _compiled(compiler: str) -> Path:
@@ -104,6 +134,7 @@ def _compiled(compiler: str) -> Path:
     folder = _folder()
     path = folder / name
     if not path.exists():
+        _LOG.info("compiling the engine for this processor, once: some seconds")
         handle, made = tempfile.mkstemp(dir=folder)
         os.close(handle)
         try:

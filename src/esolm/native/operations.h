@@ -4,7 +4,8 @@
  * are, so a row's result is the same bit for bit in any company.
  *
  * Weights of a product lie in panels of 32 outputs, [panel][input][output], so that they are read once, from front to
- * back, for all rows. They stay small in memory (float16, bfloat16, int8) and become float32 in registers.
+ * back, for all rows. They stay small in memory (float16, bfloat16, int8) and become float32 in registers; but PAIRS,
+ * [panel][input / 2][output][2], are multiplied as they are, by rows that are rounded to bfloat16 too.
  */
 #include <math.h>
 #include <stddef.h>
@@ -79,6 +80,13 @@ static void norm(const Op *op, const Pass *pass, int64_t row)
     normalise(from, to, op->outputs, op->weight, op->bias, op->flags & RMS, pass->epsilon);
 }
 
+/* Ask for the weights that a product comes to soon: those of one input. */
+INLINE void ask_weights(int dtype, const void *weight, int64_t at)
+{
+    int size = dtype == FLOAT32 || dtype == PAIRS ? 4 : dtype == INT8 ? 1 : 2;
+    for (int byte = 0; byte < size * PANEL; byte += LINE) ask_ahead((const char *)weight + at * size + byte);
+}
+
 /* Add to the sums [row][output] of a panel what `deep` of its inputs give `rows` rows, in the order of the inputs. */
 INLINE void tile(int dtype, int rows, const void *weight, int64_t at, int64_t deep, const float *x, int64_t apart, float *sums)
 {
@@ -86,11 +94,12 @@ INLINE void tile(int dtype, int rows, const void *weight, int64_t at, int64_t de
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECS; v++) total[r][v] = load(sums + r * PANEL + v * LANES);
     for (int64_t k = 0; k < deep; k++, at += PANEL) {
+        ask_weights(dtype, weight, at);
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; v++) {
             vec w = weights(dtype, weight, at + v * LANES);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) total[r][v] += w * x[r * apart + k];
+            for (int r = 0; r < rows; r++) total[r][v] = add_product(dtype, total[r][v], w, x[r * apart + k]);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -108,7 +117,8 @@ static void tile_of(int dtype, int rows, const void *weight, int64_t at, int64_t
     case FLOAT32: TILES(FLOAT32)
     case FLOAT16: TILES(FLOAT16)
     case BFLOAT16: TILES(BFLOAT16)
-    default: TILES(INT8)
+    case INT8: TILES(INT8)
+    default: TILES(PAIRS)
     }
 }
 
@@ -130,16 +140,28 @@ static void finish(const Op *op, const float *sums, int64_t first, float *to)
  * holds, and all of the group use it. */
 static void sums_of_group(const Op *op, int64_t panel, const float *x, int64_t rows, float *sums)
 {
-    _Alignas(64) float piece[DEEP * PANEL];
-    int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS, many = blocks > 2, most = many ? DEEP : op->inputs;
-    for (int64_t first = 0; first < op->inputs; first += most) {
-        int64_t deep = op->inputs - first < most ? op->inputs - first : most, at = (panel * op->inputs + first) * PANEL;
-        if (many)
-            for (int64_t i = 0; i < deep * PANEL; i += LANES) store(piece + i, weights(op->dtype, op->weight, at + i));
+    _Alignas(64) float piece[DEEP * PANEL], words[GROUP * DEEP];
+    int pairs = op->dtype == PAIRS, direct = pairs || op->dtype == FLOAT32;
+    int64_t blocks = (rows + TILE_ROWS - 1) / TILE_ROWS, inputs = pairs ? (op->inputs + 1) / 2 : op->inputs;
+    int64_t most = pairs || blocks > 2 ? DEEP : inputs, widen = blocks > 2 && !direct;
+    for (int64_t first = 0; first < inputs; first += most) {
+        int64_t deep = inputs - first < most ? inputs - first : most, at = (panel * inputs + first) * PANEL;
+        if (widen)
+            for (int64_t i = 0; i < deep * PANEL; i += LANES) {
+                if (i % PANEL == 0) ask_weights(op->dtype, op->weight, at + i);
+                store(piece + i, weights(op->dtype, op->weight, at + i));
+            }
+        if (pairs)
+            for (int64_t r = 0; r < rows; r++) {
+                int64_t left = op->inputs - 2 * first;
+                pair(x + r * op->inputs + 2 * first, left < 2 * deep ? left : 2 * deep, words + r * DEEP);
+            }
+        const float *from = pairs ? words : x + first;
+        int64_t apart = pairs ? DEEP : op->inputs;
         for (int64_t b = 0; b < blocks; b++) {
             int64_t row = rows * b / blocks, count = rows * (b + 1) / blocks - row;
-            tile_of(many ? FLOAT32 : op->dtype, (int)count, many ? piece : op->weight, many ? 0 : at, deep,
-                    x + row * op->inputs + first, op->inputs, sums + row * PANEL);
+            tile_of(widen ? FLOAT32 : op->dtype, (int)count, widen ? piece : op->weight, widen ? 0 : at, deep,
+                    from + row * apart, apart, sums + row * PANEL);
         }
     }
 }
@@ -202,6 +224,7 @@ INLINE void score(const Query *query, int n, const float *keys, int64_t dim, int
         }
         vec dots[QUERIES] = {0};
         for (int64_t i = 0; i < dim; i += LANES) {
+            ask_ahead(keys + j * dim + i);
             vec k = load_first(keys + j * dim + i, dim - i);
             for (int r = 0; r < n; r++) dots[r] += load_first(query[r].q + i, dim - i) * k;
         }
@@ -236,6 +259,7 @@ INLINE void mix(const Query *query, int n, const float *values, int64_t dim, int
             for (int c = 0; c < CHUNK; c++) {
                 int64_t n_left = left - c * LANES;
                 if (n_left <= 0) break;
+                ask_ahead(values + j * dim + first + c * LANES);
                 vec v = load_first(values + j * dim + first + c * LANES, n_left);
                 for (int r = 0; r < n; r++) mean[r][c] += v * query[r].scores[j];
             }
@@ -312,11 +336,12 @@ static void add_up(const Op *op, const Pass *pass, int64_t item)
 {
     int64_t blocks = blocks_of(op), first = item % blocks * BLOCK, n = ids(op) - first < BLOCK ? ids(op) - first : BLOCK;
     float w[BLOCK];
-    double part[4] = {0}, *to = pass->sums + 2 * item;
+    double part[LANES] = {0}, *to = pass->sums + 2 * item;
     to[0] = weigh(pass->buffers[op->from] + item / blocks * op->outputs + first, n, pass->temperature, w);
     for (int64_t i = 0; i < n; i += LANES)
-        for (int j = 0; j < LANES; j++) part[j % 4] += (double)w[i + j];
-    to[1] = (part[0] + part[2]) + (part[1] + part[3]);
+        for (int j = 0; j < LANES; j++) part[j] += (double)w[i + j];
+    to[1] = 0;
+    for (int j = 0; j < LANES; j++) to[1] += part[j];
 }
 
 /* Second half: the block in which the cumulative sum exceeds the row's number, then the id; -1 if there is none. */

@@ -167,8 +167,9 @@ void esolm_advise(void *at, size_t size)
 #endif
 }
 
-/* What the caller's picture of these must match: bytes of Op and of Pass, outputs of a panel, lanes, queries together, ids of a block. */
+/* What the caller's picture of these must match: bytes of Op and of Pass, outputs of a panel, lanes, queries together,
+ * ids of a block; and whether PAIRS are multiplied here. */
 void esolm_sizes(int64_t *to)
 {
-    to[0] = sizeof(Op), to[1] = sizeof(Pass), to[2] = PANEL, to[3] = LANES, to[4] = QUERIES, to[5] = BLOCK;
+    to[0] = sizeof(Op), to[1] = sizeof(Pass), to[2] = PANEL, to[3] = LANES, to[4] = QUERIES, to[5] = BLOCK, to[6] = HAS_PAIRS;
 }

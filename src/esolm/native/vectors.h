@@ -15,7 +15,14 @@ enum { LANES = 8, TILE_ROWS = 3 };
 #else
 enum { LANES = 4, TILE_ROWS = 2 };
 #endif
-enum { FLOAT32, FLOAT16, BFLOAT16, INT8 }; /* dtypes of weights */
+enum { FLOAT32, FLOAT16, BFLOAT16, INT8, PAIRS }; /* dtypes of weights; PAIRS: words of two bfloat16, of two inputs */
+#if defined(__AVX512BF16__)
+enum { HAS_PAIRS = 1 };
+#else
+enum { HAS_PAIRS = 0 };
+#endif
+
+enum { LINE = 64, AHEAD = 4096 }; /* bytes that memory gives at once; how far ahead they are asked for */
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -26,6 +33,9 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_a
 
 INLINE vec load(const float *at) { return *(const any_vec *)at; }
 INLINE void store(float *at, vec v) { *(any_vec *)at = v; }
+
+/* Ask for what is read soon. Into the second cache: the first waits for too few lines at once to keep memory busy. */
+INLINE void ask_ahead(const void *at) { __builtin_prefetch((const char *)at + AHEAD, 0, 2); }
 
 INLINE vec load_first(const float *at, int64_t n) /* the first n, zeros behind them */
 {
@@ -70,7 +80,7 @@ INLINE vec weights(int dtype, const void *from, int64_t at)
     const float *floats = (const float *)from + at;
     const uint16_t *two = (const uint16_t *)from + at;
     const int8_t *one = (const int8_t *)from + at;
-    if (dtype == FLOAT32) return load(floats);
+    if (dtype == FLOAT32 || dtype == PAIRS) return load(floats);
 #if defined(__AVX512F__)
     if (dtype == FLOAT16) return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)two));
     if (dtype == BFLOAT16) return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)two)), 16);
@@ -85,6 +95,24 @@ INLINE vec weights(int dtype, const void *from, int64_t at)
     if (dtype == BFLOAT16) return (vec)(bits << 16);
     vec plain = (vec)((bits & 0x7fff) << 13) * 0x1p112f; /* exponents are 112 apart; no NaN, no infinity */
     return (vec)((ivec)plain | (bits & 0x8000) << 16);
+#endif
+}
+
+/* total + w x; of words of PAIRS, both products of each. */
+INLINE vec add_product(int dtype, vec total, vec w, float x)
+{
+#if defined(__AVX512BF16__)
+    if (dtype == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)_mm512_set1_ps(x));
+#endif
+    return total + w * x;
+}
+
+/* The first n floats of a row, rounded, as n / 2 words of PAIRS; zeros behind them, up to a whole vector. */
+INLINE void pair(const float *from, int64_t n, float *to)
+{
+#if defined(__AVX512BF16__)
+    for (int64_t i = 0; i < n; i += LANES)
+        _mm256_storeu_si256((void *)(to + i / 2), (__m256i)_mm512_cvtneps_pbh((__m512)load_first(from + i, n - i)));
 #endif
 }
 
