@@ -152,6 +152,7 @@ def test_without_a_compiled_network_torch_writes_and_says_why(problem, monkeypat
         monkeypatch.setenv("ESOLM_NATIVE", "0")
     elif problem == "no compiler":
         monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
     elif problem == "broken compiler":
         (tmp_path / "cc").write_text("#!/bin/sh\necho 'a word' >&2\necho 'error: no such machine' >&2\nexit 1\n")
         (tmp_path / "cc").chmod(0o755)
