@@ -189,6 +189,7 @@ def test_the_library_is_compiled_once_and_kept_where_nobody_else_writes(monkeypa
             assert native.library() is not None and made_here.stat().st_mtime_ns == before
         assert [line.split()[0] for line in caplog.messages] == ["compiling"]  # told once
         made_here.parent.chmod(0o777)
+        made_here.unlink()  # not written over: this process has it mapped, and would end with a bus error
         made_here.write_bytes(b"not ours")
         native.found.cache_clear()
         assert native.library() is not None and made_here.read_bytes() == b"not ours"
