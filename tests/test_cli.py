@@ -308,6 +308,7 @@ def test_a_terminal_is_told_why_writing_is_slower(run, trained, monkeypatch, tmp
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", shutil.which("false"))
+    monkeypatch.delenv("ESOLM_NATIVE", raising=False)
     native.found.cache_clear()
     inference.compiled.cache_clear()
     try:

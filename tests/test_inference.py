@@ -148,6 +148,7 @@ REASONS = {
 @pytest.mark.parametrize("problem", REASONS)
 def test_without_a_compiled_network_torch_writes_and_says_why(problem, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ESOLM_NATIVE", raising=False)
     if problem == "off":
         monkeypatch.setenv("ESOLM_NATIVE", "0")
     elif problem == "no compiler":
@@ -162,6 +163,8 @@ def test_without_a_compiled_network_torch_writes_and_says_why(problem, monkeypat
     native.found.cache_clear()
     compiled.cache_clear()
     try:
+        if problem == "wrong numbers" and native.library() is None:
+            pytest.skip("no C compiler is here")
         with caplog.at_level("INFO", "esolm.native"):
             found = [prepared(denoiser(), "float32") for _ in range(2)]
         assert all(isinstance(network, Inference) and re.search(REASONS[problem], network.lacking) for network in found)
