@@ -303,7 +303,7 @@ def test_too_little_memory_is_told_in_one_line(run, trained, monkeypatch, proble
 def test_a_terminal_is_told_why_writing_is_slower(run, trained, monkeypatch, tmp_path, json_too):
     """`info` says it in either form, and what the modules log is one line of a terminal, but not beside JSON."""
     log = logging.getLogger("esolm")
-    for name in ("handlers", "level", "propagate"):
+    for name in ("handlers", "propagate"):
         monkeypatch.setattr(log, name, getattr(log, name))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -314,6 +314,7 @@ def test_a_terminal_is_told_why_writing_is_slower(run, trained, monkeypatch, tmp
     try:
         out, err = run("info", trained, *(["--json"] if json_too else []))
     finally:
+        log.setLevel(logging.NOTSET)
         native.found.cache_clear()
         inference.compiled.cache_clear()
     why = json.loads(out)["no_engine"] if json_too else next(line for line in out.splitlines() if "engine" in line)

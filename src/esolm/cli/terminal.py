@@ -27,7 +27,8 @@ def tell_log() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("esolm: %(message)s"))
         log = logging.getLogger("esolm")
-        log.handlers, log.level, log.propagate = [handler], logging.INFO, False
+        log.handlers, log.propagate = [handler], False
+        log.setLevel(logging.INFO)
 
 
 def print_json(data: object) -> None:
