@@ -130,6 +130,8 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it_and_refuses_another(r
     assert "already holds a run" in err
     _, err = run(*command, "--auto-resume", *settings, "batch_size=3", code=2)
     assert "batch_size = " in err and "the options say 3: choose the same, or another --out" in err
+    run(*command, "--auto-resume", *settings, "micro_batch=1")  # memory that is less than it was
+    assert checkpoint.load(tmp_path / "run").state["micro_batch"] == 1
     _, err = run("train", "--resume", "--auto-resume", "--out", tmp_path / "run", code=2)
     assert "leave out --auto-resume" in err
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")

@@ -219,6 +219,36 @@ def test_time_that_is_up_ends_a_run_and_saves(tmp_path, loader):
     assert checkpoint.load(tmp_path / "run").step == outcome.step
 
 
+@pytest.mark.parametrize(
+    ("noted", "asked", "passes"),
+    [
+        ({"micro_batch": 8, "began_on": 1}, None, [8]),
+        ({"micro_batch": 4, "began_on": 2}, None, [4, 4]),
+        ({"micro_batch": 3, "began_on": 3}, None, [2, 3, 3]),
+        ({"micro_batch": 1, "began_on": 1}, None, [1] * 8),  # memory had run out
+        ({"micro_batch": 4, "began_on": 2}, 2, [2] * 4),  # wanted on purpose
+        ({"micro_batch": None}, None, [8]),  # of a version that noted less
+        ({"micro_batch": None, "ranks": 2}, None, [4, 4]),
+    ],
+)
+def test_a_resumed_run_feeds_no_more_at_once_than_it_began_with(tmp_path, loader, monkeypatch, noted, asked, passes):
+    saved = checkpoint.load(run_of(tmp_path / "run", loader, settings(num_steps=1)).path)
+    rest = {key: saved.state[key] for key in ("seconds", "origin")}
+    monkeypatch.setattr(checkpoint, "load", lambda _: replace(saved, state={**rest, **noted}))
+    seen, views_of = [], train_module.views_of
+    monkeypatch.setattr(train_module, "views_of", lambda *given: seen.extend(views_of(*given)) or views_of(*given))
+    run_of(tmp_path / "run", loader, settings(num_steps=2, micro_batch=asked, algorithm=AR()), resume=True)
+    assert [len(view.tokens) for view in seen] == passes
+
+
+@pytest.mark.parametrize("noted", [{"began_on": "two"}, {"began_on": True}, {"micro_batch": 0}])
+def test_what_is_no_count_in_a_checkpoint_is_told(tmp_path, loader, noted):
+    saved = checkpoint.load(run_of(tmp_path / "run", loader, settings(num_steps=1)).path)
+    checkpoint.save(tmp_path / "run", replace(saved, step=2, state={**saved.state, **noted}))
+    with pytest.raises(checkpoint.CheckpointError, match=f"state.json of step 2 has {next(iter(noted))} = "):
+        run_of(tmp_path / "run", loader, settings(num_steps=3), resume=True)
+
+
 def test_another_run_continues_from_the_averaged_weights(tmp_path, loader):
     first = run_of(tmp_path / "first", loader, settings())
     state = train_module.State(settings(algorithm=AR()), BYTES, torch.device("cpu"), None)

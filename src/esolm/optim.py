@@ -129,9 +129,8 @@ class Optimizer:
         gradients = {name: self._ranks.own(p.grad) for name, p in self.parameters.items() if p.grad is not None}
         if not gradients:
             return 0.0
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()), dtype=torch.float32))
-        norms = self._ranks.norms(norms)
-        norm = float(torch.linalg.vector_norm(norms.double()))
+        norms = self._ranks.norms(torch.stack([_norm(gradient) for gradient in gradients.values()]))
+        norm = float(torch.linalg.vector_norm(norms))
         if not math.isfinite(norm):
             bad = int(torch.nonzero(~torch.isfinite(norms))[0])
             raise NotFinite(list(gradients)[bad], "NaN" if norms[bad].isnan() else "infinite")
@@ -221,6 +220,13 @@ class WeightAverage:
 
 
 _KINDS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """In float64, from the norms of rows: the same but for its last bits however shards cut a network, which is by
+    rows. All of it in float64 would take 18 times as long."""
+    rows = gradient if gradient.ndim < 2 else torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return torch.linalg.vector_norm(rows, dtype=torch.float64)
 
 
 def _moments(parameter: Tensor) -> dict[str, Tensor]:

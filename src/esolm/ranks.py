@@ -41,6 +41,7 @@ class Ranks:
     size: int = 1
     sharded: bool = False
     steps: Any = None  # the group in which ranks must answer soon; the default group is patient
+    portions: int = 1  # ranks whose work this one does, one after another, where a run began on more
 
     @property
     def alone(self) -> bool:
@@ -56,6 +57,11 @@ class Ranks:
         if total < self.size:
             raise ValueError(f"a batch of {total} texts is too small for {self.size} ranks: raise batch_size")
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
+
+    def acting(self) -> list["Ranks"]:
+        """The ranks, of as many as the run began on, whose rows together are this one's."""
+        size, first = self.size * self.portions, self.rank * self.portions
+        return [replace(self, rank=first + each, size=size, portions=1) for each in range(self.portions)]
 
     def gather(self, values: Sequence[float | int], *, patiently: bool = False) -> list[list[float]]:
         """A few numbers of every rank, by rank."""
@@ -219,7 +225,7 @@ class Ranks:
             return norms
         import torch.distributed as dist
 
-        squares = norms.double().square()
+        squares = norms.square()
         dist.all_reduce(squares, group=self.steps)
         return squares.sqrt()
 

@@ -41,8 +41,10 @@ class State:
         self.tokenizer = tokenizer
         self.origin = dict(origin or {})
         bf16 = ranks.agree(in_bf16(run, device))  # machines of several kinds may differ in what pays
-        # the run as this machine does it: its dtype, and micro batches as small as memory wants them
-        self.working = replace(run, dtype="bfloat16" if bf16 else "float32")
+        # the run as this machine does it: its dtype, and the most texts that any rank ever learns from at once
+        rows = -(-run.batch_size // ranks.size)
+        micro = min(rows, run.micro_batch or rows)
+        self.working = replace(run, dtype="bfloat16" if bf16 else "float32", micro_batch=micro)
         self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed))
         self.denoiser.recompute, self.ranks = run.recompute, ranks
         if run.compile:
@@ -55,6 +57,7 @@ class State:
         self.optimizer = Optimizer(self.denoiser, run.optim, self.ranks)
         decay = run.optim.average
         self.average = None if decay is None else WeightAverage(self.denoiser, decay, self.ranks)
+        self.began_on = ranks.size
         self.step = 0
         self.validation: float | None = None  # nats a token, when it was last measured
         self.bits_per_byte: float | None = None  # the same of the text's bytes
@@ -68,14 +71,15 @@ class State:
     @property
     def micro_batch(self) -> int:
         """Texts that go through the network at once, on each rank."""
-        rows = -(-self.run.batch_size // self.ranks.size)
-        return min(rows, self.working.micro_batch or rows)
+        assert self.working.micro_batch is not None
+        return min(-(-self.run.batch_size // self.ranks.size), self.working.micro_batch)
 
     def halve(self, problem: BaseException) -> None:
-        """Smaller micro batches from now on. TooLarge if they are of one text already."""
+        """Smaller micro batches from now on, and no sums of portions. TooLarge if they are of one text already."""
         if self.micro_batch == 1:
             raise memory.one_text_too_large(problem, self.denoiser.device) from None
         self.working = replace(self.working, micro_batch=self.micro_batch // 2)
+        self.began_on, self.ranks = self.ranks.size, replace(self.ranks, portions=1)
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -120,6 +124,7 @@ class State:
                 "seconds": self.seconds,
                 "origin": self.origin,
                 "micro_batch": self.working.micro_batch,
+                "began_on": self.began_on,
                 "validation": self.validation,
                 "bits_per_byte": self.bits_per_byte,
             },
@@ -137,10 +142,19 @@ class State:
         self.optimizer.load(Parts(self.ranks, saved.optim))
         if self.average is not None and saved.ema is not None:
             self.average.load(Parts(self.ranks, saved.ema))
-        self.working = replace(self.working, micro_batch=saved.state.get("micro_batch", self.run.micro_batch))
+        self._share_out(saved)
         self.step, self.validation = saved.step, saved.state.get("validation")
         self.bits_per_byte = saved.state.get("bits_per_byte")
         self._before, self._since = float(saved.state["seconds"]), time.monotonic()
+
+    def _share_out(self, saved: checkpoint.Checkpoint) -> None:
+        """Passes no larger than on the ranks that the run began on; fewer ranks do the work of several of those."""
+        micro = _count(saved, "micro_batch", self.micro_batch)
+        if saved.config["run"].get("micro_batch") == self.run.micro_batch:  # else another is wanted from now on
+            self.working = replace(self.working, micro_batch=micro)
+        self.began_on = _count(saved, "began_on", _count(saved, "ranks", 1))
+        if self.began_on % self.ranks.size == 0:
+            self.ranks = replace(self.ranks, portions=self.began_on // self.ranks.size)
 
     def take_weights(self, path: Path) -> None:
         """Begin with the (averaged) weights of a checkpoint of the same network and tokenizer."""
@@ -168,3 +182,13 @@ class State:
 def in_bf16(run: Run, device: torch.device) -> bool:
     """Whether products are in bf16: where the run wants them so, or where they are faster and it leaves the choice."""
     return run.dtype == "bfloat16" or (run.dtype == "auto" and bf16_pays(device))
+
+
+def _count(saved: checkpoint.Checkpoint, name: str, default: int) -> int:
+    """A number that a checkpoint's state may have. CheckpointError if it is no count."""
+    value = saved.state.get(name)
+    if value is None:  # of a version that noted none
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise checkpoint.CheckpointError(f"state.json of step {saved.step} has {name} = {value!r}; expected a count")
+    return value

@@ -11,7 +11,8 @@ Everything random is a function of (seed, step), so a resumed run is the same ru
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -187,23 +188,41 @@ def learn(
     A term is divided by the scored tokens of all texts in it, so the size of a micro batch changes no gradient but by
     what dropout drops, which is drawn for a micro batch as a whole. `levels` takes the losses by noise level.
     """
-    device, views = model.cos.device, views_of(run, batch, step, ranks)
+    device, portions = model.cos.device, _portions(run, batch, step, ranks)
+    views = [*itertools.chain(*portions)]
     tokens = _tokens_by_term(views, ranks)
     terms = dict.fromkeys(tokens, 0.0)
-    key = (run.seed, step, _DROPOUT, ranks.rank) if ranks.rank else (run.seed, step, _DROPOUT)
-    dropped = torch.Generator(device).manual_seed(int(generator(*key).integers(2**63)))
-    learned = [view for view in views if tokens[view.term]]  # the others hold nothing but prompts and padding
-    passes = ranks.most(len(learned)) if ranks.sharded else len(learned)
-    idle = [replace(views[0], weights=torch.zeros_like(views[0].weights))] * (passes - len(learned))
-    for place, view in enumerate([*learned, *idle]):  # all ranks gather weights equally often
-        ranks.accumulate(model, last=place + 1 == passes)
-        loss, weighted = objective.of_view(model, view.to(device), dropped)
-        loss = loss / (tokens[view.term] or 1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        terms[view.term] += loss.item()
-        if levels is not None:
-            levels.add(view, weighted)
+    learned = [[view for view in portion if tokens[view.term]] for portion in portions]  # no mere prompts and padding
+    passes = sum(map(len, learned))
+    if ranks.sharded:  # all ranks gather weights equally often
+        idle = replace(views[0], weights=torch.zeros_like(views[0].weights))
+        learned[-1] += [idle] * (ranks.most(passes) - passes)
+        passes = sum(map(len, learned))
+    for acting, portion in zip(ranks.acting(), learned, strict=True):
+        key = (run.seed, step, _DROPOUT, acting.rank) if acting.rank else (run.seed, step, _DROPOUT)
+        dropped = torch.Generator(device).manual_seed(int(generator(*key).integers(2**63)))
+        with _apart(model):
+            for view in portion:
+                passes -= 1
+                ranks.accumulate(model, last=not passes)
+                loss, weighted = objective.of_view(model, view.to(device), dropped)
+                loss = loss / (tokens[view.term] or 1)
+                loss.backward()  # type: ignore[no-untyped-call]
+                terms[view.term] += loss.item()
+                if levels is not None:
+                    levels.add(view, weighted)
     return terms
+
+
+@contextmanager
+def _apart(model: Denoiser) -> Iterator[None]:
+    """Gradients made inside are summed by themselves and then added to those from before, as those of ranks are."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    for parameter, _ in before:
+        parameter.grad = None
+    yield
+    for parameter, grad in before:
+        parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
 
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
@@ -222,6 +241,17 @@ def _tokens_by_term(views: Sequence[View], ranks: Ranks) -> dict[str, float]:
         for term, *counts in zip(get_args(Phase), *found, strict=True)
         if max(counts) >= 0
     }
+
+
+def _portions(run: Run, batch: Batch, step: int, ranks: Ranks) -> list[list[View]]:
+    """The views of a step, by the rank that would have them if there were as many as the run began on."""
+    total = len(batch.tokens) if ranks.alone else run.batch_size
+    first, acting = ranks.rows(total)[0], ranks.acting()
+    rows = [each.rows(total) for each in acting]
+    return [
+        views_of(run, batch[begin - first : end - first], step, each)
+        for each, (begin, end) in zip(acting, rows, strict=True)
+    ]
 
 
 def views_of(run: Run, batch: Batch, step: int, ranks: Ranks = ALONE) -> list[View]:

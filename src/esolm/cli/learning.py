@@ -1,7 +1,7 @@
 """`esolm train` and `esolm tokenize`."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,8 +231,6 @@ def _tokenizer(path: Path | None, start: Path | None, out: Path, vocab_size: int
 
 def _resumed(going: Going, ranks: "Ranks", as_in: "tuple[Run, Source | Mixed] | None" = None) -> None:
     """Go on with the run in --out; one that is started again with its options must be `as_in` these say."""
-    from dataclasses import replace
-
     from esolm import prepare
 
     device, sinks = device_of(going.device), _sinks(going)
@@ -240,6 +238,7 @@ def _resumed(going: Going, ranks: "Ranks", as_in: "tuple[Run, Source | Mixed] | 
         run, source = prepare.resumed(going.out)
         if as_in is not None:
             _refuse_changed((run, source), as_in, going)
+    run = run if as_in is None else replace(run, micro_batch=as_in[0].micro_batch)
     run = run if going.minutes is None else replace(run, minutes=going.minutes)
     with ranks.leader_first():
         kept = (going.out / "tokenizer.json").exists()  # the checkpoint has it too, but is read whole for it
@@ -248,9 +247,10 @@ def _resumed(going: Going, ranks: "Ranks", as_in: "tuple[Run, Source | Mixed] | 
 
 
 def _refuse_changed(begun: "tuple[Run, Source | Mixed]", asked: "tuple[Run, Source | Mixed]", going: Going) -> None:
-    """ValueError unless a run is what the options ask for; the network of --from and the vocabulary are not asked."""
+    """ValueError unless a run is what the options ask for; the network of --from, the vocabulary and the
+    size of a micro batch, which changes memory and no gradient, are not asked."""
     before, now = (keys(run) | keys(source) for run, source in (begun, asked))
-    free = ("minutes", "network.vocab_size")
+    free = ("minutes", "network.vocab_size", "micro_batch")
     for key in sorted(before.keys() | now.keys()):
         if key in free or (going.from_ is not None and key.startswith("network.")):
             continue
