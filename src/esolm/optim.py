@@ -226,7 +226,8 @@ def _norm(gradient: Tensor) -> Tensor:
     """In float64, from the norms of rows: the same but for its last bits however shards cut a network, which is by
     rows. All of it in float64 would take 18 times as long (docs/log.md)."""
     rows = gradient if gradient.ndim < 2 else torch.linalg.vector_norm(gradient.flatten(1), dim=1)
-    return torch.linalg.vector_norm(rows, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=torch.float64)
+    return norm
 
 
 def _moments(parameter: Tensor) -> dict[str, Tensor]:
