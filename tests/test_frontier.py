@@ -43,6 +43,8 @@ def test_each_method_has_the_settings_that_it_takes():
         (1.0, 4, 0.9),
         (1.0, None, 0.9),
     ]
+    assert settings_of(model_of(EsoLM(alpha_0=0.0)), [None], steps) == [Setting()]
+    assert settings_of(model_of(EsoLM()), [0.0], [4, 8]) == [Setting(alpha_0=0.0)]
     for algorithm in (AR(), MDLM(), BD3LM(block_size=4), EsoLM()):
         model = model_of(algorithm)
         for setting in settings_of(model, [None], steps):

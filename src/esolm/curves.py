@@ -7,7 +7,7 @@ extra `plot`). It reads no logs (history.py) and measures nothing.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from esolm.history import Curve, History
 
@@ -62,17 +62,16 @@ def draw(histories: Sequence[History], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plain_log(axes: "Axes", values: Sequence[float]) -> None:
+def plain_log(axes: "Axes", values: Sequence[float], which: Literal["x", "y"] = "y") -> None:
     """A logarithmic axis over values, with few ticks in plain numbers."""
     low, high = min(values), max(values)
     room = max(0.02, 0.06 * math.log(high / low))
     low, high = low * math.exp(-room), high * math.exp(room)
-    axes.set_yscale("log")
-    axes.set_ylim(low, high)
-    axes.set_yticks(ticks(low, high))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.tick_params(axis="y", which="minor", length=0)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (low, high), f"{which}ticks": ticks(low, high)})
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+    axes.tick_params(axis=which, which="minor", length=0)
 
 
 def ticks(low: float, high: float) -> list[float]:

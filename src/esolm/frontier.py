@@ -12,21 +12,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from esolm import curves, plain, quality
 from esolm import judge as judges
-from esolm import plain, quality
 from esolm.algorithms import AR, BD3LM, EsoLM
 from esolm.inference import describe
 from esolm.judge import Judge, Quality
 from esolm.model import Model, seed_of
 from esolm.order import Interleaved, Uniform
 from esolm.records import Records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LEAST_ENTROPY = 0.5  # nats that the axis of entropies spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,10 @@ def settings_of(
     if isinstance(algorithm, AR):
         return [Setting(**drawing)]
     if isinstance(algorithm, EsoLM):
-        return [Setting(alpha_0=a, num_steps=t, **drawing) for a in alphas for t in steps if a != 0 or t is None]
+        sequential = [a for a in alphas if (algorithm.alpha_0 if a is None else a) == 0]  # no diffusion steps to choose
+        return [
+            Setting(alpha_0=a, num_steps=t, **drawing) for a in alphas for t in ([None] if a in sequential else steps)
+        ]
     if isinstance(algorithm, BD3LM):
         blocks = model.length // algorithm.block_size
         per_block = dict.fromkeys(None if t is None else max(1, t // blocks) for t in steps)
@@ -156,25 +164,26 @@ def draw(points: Sequence[Point], path: Path) -> None:
     frontier is ringed. Needs matplotlib (the extra `plot`)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, name in enumerate(dict.fromkeys(point.model for point in points)):
-        line = sorted((point for point in points if point.model == name), key=lambda point: point.seconds)
+        line = sorted((point for point in points if point.model == name), key=lambda point: point.nfe)
         seconds, look = [point.seconds for point in line], _look(number)
         left.plot(seconds, [point.quality.perplexity for point in line], label=name, **look)
         right.plot(seconds, [point.quality.entropy for point in line], **look)
-        for point in line:
-            for axes, value in ((left, point.quality.perplexity), (right, point.quality.entropy)):
-                at = (point.seconds, value)
-                axes.annotate(f"{point.nfe:.0f}", at, (3, 3), textcoords="offset points", fontsize=7)
     for point in best(points):
         left.plot(point.seconds, point.quality.perplexity, "o", markersize=12, fillstyle="none", color="0.4")
-    left.set_yscale("log")
-    for axes, label in ((left, "generative perplexity (lower is better)"), (right, "entropy, nats (low: collapsed)")):
-        axes.set_xscale("log")
+    perplexities, entropies = [[getattr(p.quality, name) for p in points] for name in ("perplexity", "entropy")]
+    curves.plain_log(left, perplexities)
+    room = max(0.02, (_LEAST_ENTROPY - (max(entropies) - min(entropies))) / 2)  # noise must not look like a difference
+    right.set_ylim(min(entropies) - room, max(entropies) + room)
+    labels = ("generative perplexity (lower is better)", "entropy, nats (low: collapsed)")
+    for axes, values, label in zip((left, right), (perplexities, entropies), labels, strict=True):
+        curves.plain_log(axes, [point.seconds for point in points], "x")
         axes.set_xlabel("seconds a text (labels: network evaluations)")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
+        _label(axes, points, values)
     first = points[0]
     figure.suptitle(
         f"{first.num} texts of {first.length} tokens, batch {first.batch}, top-p {first.setting.top_p:g}, judge "
@@ -205,8 +214,20 @@ def _cells(point: Point) -> tuple[str, ...]:
     )
 
 
+def _label(axes: "Axes", points: Sequence[Point], values: Sequence[float]) -> None:
+    """Evaluations beside each point, where they do not lie on a label that is there already."""
+    taken: list[tuple[float, float]] = []
+    for point, value in zip(points, values, strict=True):
+        x, y = axes.transData.transform((point.seconds, value))
+        if all(abs(x - other) > 24 or abs(y - beside) > 10 for other, beside in taken):
+            taken.append((x, y))
+            at = (point.seconds, value)
+            axes.annotate(f"{point.nfe:.0f}", at, (3, 3), textcoords="offset points", fontsize=7)
+
+
 def _look(number: int) -> dict[str, Any]:
-    return {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10], "markersize": 5, "linewidth": 1}
+    """Of a model's line: the eleventh has the first one's colour and another marker."""
+    return {"color": f"C{number % 10}", "marker": "osD^vP*X<>hp8"[number % 13], "markersize": 5, "linewidth": 1}
 
 
 def _written(
