@@ -58,7 +58,7 @@ class Steps:
     def take(self, number: int, batch_size: int) -> Timed:
         """One step with a global batch of so many texts. All ranks must call it."""
         state, ranks = self._state, self._state.ranks
-        run = replace(state.working, batch_size=batch_size)
+        run = replace(state.working, batch_size=batch_size, micro_batch=state.run.micro_batch)
         if batch_size not in self._batches:
             self._batches[batch_size] = batch_of(run)[slice(*ranks.rows(batch_size))]
         ranks.agree(False)
