@@ -55,7 +55,7 @@ def demo(algorithm: Algorithm, vocab_size: int) -> Run:
         algorithm=algorithm,
         network=Config(vocab_size=vocab_size, length=128, width=256, layers=3, heads=4),
         optim=Optim(
-            schedule=Schedule(peak=1.5e-3, warmup=0.05, decay="linear"),
+            schedule=Schedule(peak=1.5e-3, warmup=0.2, decay="linear"),
             betas=(0.9, 0.99),
             weight_decay=0.01,
             average=0.99,
