@@ -248,7 +248,7 @@ class _Text:
         return now(self.network.device) - began
 
 
-_HEAD = ("method", "dtype", "L", "seconds", "", "ms/evaluation", "estimate off by")
+_HEAD = ("method", "dtype", "L", "seconds", "", "ms/eval", "estimate off by")
 _RATIOS = ("seconds of", "L", "here", "published (A6000)")
 
 
