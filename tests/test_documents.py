@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import esolm
-from esolm import cli, demo, family, prepare, recipes, train
+from esolm import calibrate, cli, demo, family, prepare, recipes, train
 from esolm.algorithms import AR, EsoLM
 from esolm.cli import parsing
 from esolm.denoiser import Config
@@ -25,7 +25,8 @@ DOCUMENTS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 DOCUMENTS += PAGES[1:]
 NO_HARNESS = 'PAGE ON THE HARNESS NOT RUN: pip install "esolm[lm-eval]"'
-RECORD = "docs/log.md"  # what was measured, once, on one machine: its programs are not run again
+RECORD = "docs/log.md"  # its programs measure: here they work once
+KINDS = ("python", "sh", "yaml", "text", "json")
 TESTS = (ROOT / "Makefile", ROOT / "tests/test_structure.py")
 ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
 WORDS = set(re.findall(r"\w+", "\n".join(path.read_text(encoding="utf-8") for path in [*FILES, *TESTS])))
@@ -56,11 +57,13 @@ def place(tmp_path_factory) -> Path:
     rows = [f'{{"question": "{n} and {n}?", "prompt": "{n} and {n}?", "answer": "{2 * n}"}}' for n in range(40)]
     (place / "qa.jsonl").write_text("\n".join(rows))
     shutil.copy(ROOT / "tests/reference/a.esolm.lightning.ckpt", place / "last.ckpt")
-    text = prepare.prepare(prepare.Source(data=str(place / "books")), place / "tokens", vocab_size=258)
-    options = {"tokenizer": text.tokenizer, "validation": text.validation(96)}
+    source = prepare.Source(data=str(place / "books"))
+    text = prepare.prepare(source, place / "tokens", vocab_size=258)
+    options = {"tokenizer": text.tokenizer, "validation": text.validation(96), "origin": source.origin()}
     for name, method in (("runs/first", None), ("out/demo/run", None), ("runs/ar", AR())):
         train.train(small(method), place / name, data=text.training(96), **options)
-    shutil.copytree(place / "tokens/data", place / "runs/first/data")  # where `esolm train` keeps them
+    for run in ("first", "ar"):  # where `esolm train` keeps them
+        shutil.copytree(place / "tokens", place / "runs" / run, dirs_exist_ok=True)
     (place / "texts.jsonl").write_text('{"text": "It was here."}\n')
     return place
 
@@ -75,13 +78,18 @@ def there(place, monkeypatch):
 
 
 def fences(text: str, kind: str) -> list[str]:
-    return [code for found, code in blocks(text) if found == kind]
+    return [code for _, found, code in all_blocks(text) if found == kind]
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Kind and content of the fenced blocks of a page, but for those that it says are not run, and why."""
+def run_blocks(text: str, kind: str) -> list[str]:
+    """The fenced blocks of a kind, but for those that a page says are not run, and why."""
+    return [code for mark, found, code in all_blocks(text) if found == kind and not mark]
+
+
+def all_blocks(text: str) -> list[tuple[str, str, str]]:
+    """Of each fenced block of a page: the comment that says that it is not run, its kind, its content."""
     found = re.findall(r"^(<!-- not run: \S.* -->\n\n?)?^(`{3,})(.*)\n((?s:.*?))^\2$", text, re.MULTILINE)
-    return [(kind, code) for mark, _, kind, code in found if not mark]
+    return [(mark, kind, code) for mark, _, kind, code in found]
 
 
 @each_document
@@ -128,8 +136,8 @@ def test_a_module_with_an_attribute_that_it_has_not_is_noticed():
 
 
 def test_the_module_map_names_every_module_in_the_order_of_the_levels():
-    block = ARCHITECTURE.partition("## Module map")[2].partition("\n## ")[0]
-    lines = [re.split(r"\s{2,}", line.strip())[:-1] for line in block.splitlines() if line.startswith("    ")]
+    (block,) = fences(ARCHITECTURE.partition("## Module map")[2].partition("\n## ")[0], "text")
+    lines = [re.split(r"\s{2,}", line.strip())[:-1] for line in block.splitlines() if line]
     named = []
     for first, *more in lines:
         group = first.rpartition(".")[0]
@@ -161,7 +169,7 @@ def test_examples_of_the_help_are_understood(name):
     lines, _ = examples(name)
     assert lines
     for line in lines:
-        _understood(line)
+        understood(shlex.split(line, comments=True)[1:])
 
 
 @each_page
@@ -170,86 +178,45 @@ def test_every_block_of_a_page_is_run_or_parsed_or_shows_something(path):
 
 
 def _untested(text: str) -> list[str]:
-    """Kinds of blocks that no test looks at. What is between braces is made by the site's build."""
-    return [kind for kind, _ in blocks(text) if kind not in ("python", "sh", "text", "json") and kind[:1] != "{"]
-
-
-@each_page
-def test_shell_commands_of_a_page_are_understood(path):
-    for line in _commands(path.read_text(encoding="utf-8")):
-        _understood_by_the_shell(line)
-
-
-def _commands(text: str) -> list[str]:
-    lines = "".join(fences(text, "sh")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if shlex.split(line, comments=True)]
-
-
-def _understood_by_the_shell(line: str) -> None:
-    words = shlex.split(line, comments=True)
-    if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert words[1] in targets
-    elif words[:3] == ["python", "-m", "esolm.harness"]:
-        pytest.importorskip("lm_eval", reason=NO_HARNESS)
-        from lm_eval._cli import HarnessCLI
-
-        HarnessCLI()._parser.parse_args(["run", *words[3:]])
-    else:
-        _understood(line.partition("-m ")[2] if words[0] == "torchrun" else line)
-
-
-def _understood(line: str) -> None:
-    program, *words = shlex.split(line, comments=True)
-    assert program == "esolm"
-    name, *words = words[2:] if words[0] == "--with" else words  # a file that defines a method
-    parsing.call_of(cli._COMMANDS[name], name, words)
+    """Kinds of blocks that no test looks at, and indented ones. What is between braces is made by the site's build."""
+    outside = re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [
+        *(kind for _, kind, _ in all_blocks(text) if kind not in KINDS and kind[:1] != "{"),
+        *re.findall(r"\n\n(    .*)", outside),
+    ]
 
 
 def test_blocks_that_nobody_runs_are_noticed():
     assert _untested("```bash\nls\n```\n") == ["bash"] and _untested("```\nls\n```\n") == [""]
+    assert _untested("Do:\n\n    ls\n") == ["    ls"] and not _untested("```text\nDo:\n\n    ls\n```\n")
     marked = "```sh\nls\n```\n"
-    assert not _commands(f"<!-- not run: it takes a day -->\n\n{marked}")
+    assert not run_blocks(f"<!-- not run: it takes a day -->\n\n{marked}", "sh")
     for mark in (
         "",
         "<!-- not run: -->\n",
         "<!-- it takes a day -->\n",
         "<!-- not run: it takes a day -->\n\nBut:\n\n",
     ):
-        assert _commands(mark + marked) == ["ls"]
+        assert run_blocks(mark + marked, "sh") == ["ls\n"]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "ls",
-        "make nothing",
-        "esolm samples runs/x",
-        "esolm info runs/x --nothing",
-        "python -m esolm.nothing",
-    ],
-)
-def test_a_command_that_is_not_there_is_noticed(line):
-    with pytest.raises((AssertionError, KeyError, SystemExit)):
-        _understood_by_the_shell(line)
+def understood(words: list[str]) -> None:
+    """A command of esolm is one that it takes; else SystemExit."""
+    name, *rest = words[2:] if words[0] == "--with" else words  # a file that defines a method
+    parsing.call_of(cli._COMMANDS[name], name, rest)
 
 
 @each_page
-def test_programs_of_a_page_run(there, path):
+def test_programs_of_a_page_run(there, path, monkeypatch):
     """One after the other, as a reader would, on a model of a second."""
-    programs = [] if path == ROOT / RECORD else fences(path.read_text(encoding="utf-8"), "python")
+    programs = run_blocks(path.read_text(encoding="utf-8"), "python")
+    if path == ROOT / RECORD:
+        monkeypatch.setattr(calibrate, "seconds", lambda work: (work(), 1.0)[1])
     names = {"__name__": "__page__"}
     if any("import lm_eval" in program for program in programs):
         pytest.importorskip("lm_eval", reason=NO_HARNESS)
     for number, program in enumerate(programs):
         exec(compile(program, f"{path.name}, program {number}", "exec"), names)
-
-
-@pytest.mark.parametrize("command", ["sample", "infill", "evaluate", "info"])
-def test_cheap_commands_of_the_readme_run(there, place, capsys, command):
-    (line,) = re.findall(rf"^esolm {command} .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    cli.main(shlex.split(line.replace("runs/books", "runs/first"), comments=True)[1:])
-    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [name for name in cli._COMMANDS if not name.startswith("bench")])
@@ -273,13 +240,9 @@ def _names() -> dict[str, object]:
 
 def test_an_order_of_ones_own_is_written_in(there):
     """The example of the architecture: a text from right to left, a token a step."""
-    import numpy as np
-
-    from esolm.order import Positions
-
-    (code,) = re.findall(r"(    @dataclass.*?)\n\n", ARCHITECTURE, re.DOTALL)
-    names = {"np": np, "Positions": Positions, "dataclass": __import__("dataclasses").dataclass}
-    exec(textwrap.dedent(code), names)
+    (code,) = fences(ARCHITECTURE, "python")
+    names: dict[str, object] = {"__name__": "__page__"}
+    exec(code, names)
     model = esolm.load("runs/first", dtype="float32")
     reveals = list(model.write([model.request(length=8, alpha_0=1.0, positions=names["RightToLeft"]())]))
     assert [reveal.positions for reveal in reveals] == [(place,) for place in range(7, -1, -1)]
