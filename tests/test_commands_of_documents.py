@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import test_importers
 from esolm import family
 from esolm.cli import main
-from test_documents import NO_HARNESS, ROOT, all_blocks, each_page, place, run_blocks, understood  # noqa: F401  (a fixture)
+from test_documents import NO_HARNESS, ROOT, TEXT, all_blocks, each_page, place, run_blocks, understood  # noqa: F401
 from test_hub_models import server  # noqa: F401  (a fixture)
 from test_importing import BD3, published
 from theirs_written import written
@@ -127,7 +128,9 @@ def there(place, server, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     monkeypatch.setattr(test_importers, "VOCAB", 258)
     monkeypatch.setattr(family, "train", lambda *_, **__: None)  # sixteen processes; tests/test_family.py has them
+    Path("tests").symlink_to(ROOT / "tests")
     shutil.copy("held-out.txt", "letters.txt")
+    Path("held-out.txt").write_text(TEXT * 2)  # as much as MAUVE needs
     for name in ("gpt2", "family/tokens"):
         Path(name).mkdir(parents=True)
         shutil.copy("tokens/tokenizer.json", name)
@@ -138,14 +141,21 @@ def there(place, server, tmp_path, monkeypatch):  # noqa: F811
 
 
 @each_page
-def test_commands_of_a_page_run(there, capsys, path):
+def test_commands_of_a_page_run(there, capsys, path, monkeypatch):
     """One after the other, as a reader would."""
     blocks = run_blocks(path.read_text(encoding="utf-8"), "sh")
     for program, *words in [words for block in blocks for words in commands(block)]:
         if program in ("esolm", "torchrun"):
             capsys.readouterr()
             main(_smaller(words if program == "esolm" else _of_a_rank(words)))
-            assert "".join(capsys.readouterr()), words
+            assert "--output" in words or "".join(capsys.readouterr()), words
+        elif words[:2] == ["-m", "esolm.harness"]:
+            pytest.importorskip("lm_eval", reason=NO_HARNESS)
+            from esolm import harness
+
+            monkeypatch.setattr(sys, "argv", ["lm_eval", *words[2:], "--limit", "2"])
+            harness.main()
+            assert "|hebrews_" in capsys.readouterr().out
 
 
 def _smaller(words: list[str]) -> list[str]:
@@ -163,7 +173,7 @@ def _smaller(words: list[str]) -> list[str]:
         more = ["--set", *SMALL]
     elif name == "sample" and "--num" in words:
         Path(words[words.index("--output") + 1]).unlink(missing_ok=True)
-        more = ["--num", "50"]  # as many as MAUVE needs
+        more = ["--num", "60"]  # MAUVE needs 50 that are not empty
     elif "--real" in words and (name == "frontier" or find_spec("mauve") is None):
         at = words.index("--real")  # MAUVE has tests of its own
         words = [*words[:at], *words[at + 2 :]]

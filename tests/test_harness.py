@@ -351,6 +351,15 @@ def test_the_command_line_runs_a_task_with_no_network(runs):
     assert re.search(r"\|hebrews_written_words\|.*\|exact_match\|", ended.stdout)
 
 
+def test_a_harness_that_names_a_gpu_by_default_finds_the_machine_it_is_on(runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = {"pretrained": str(runs["B"])}
+    found = harness.Harness.create_from_arg_obj(asked, {"device": "cuda:0", "batch_size": 2})
+    assert found._device.type == "cpu" and found.batch_size == 2
+    with pytest.raises(ValueError, match="no device 'cuda:1'"):
+        harness.Harness.create_from_arg_obj(asked, {"device": "cuda:1"})
+
+
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys):
     words = ["--model", "esolm", "--model_args", "pretrained=esolm-shakespeare", "orderz=2"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words, "--include_path", str(TASKS), "--tasks", "hebrews_endings"])

@@ -20,6 +20,7 @@ from inspect import signature
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from esolm import cli, conditional
 from esolm.algorithms.algorithm import Request
@@ -119,6 +120,8 @@ class Harness(TemplateLM):  # type: ignore[misc]
     ) -> "Harness":
         """From model arguments, which come before what the command line says of the batch size and the device."""
         others = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        if others.get("device") == "cuda:0" and not torch.cuda.is_available():
+            others["device"] = "auto"  # cuda:0 is what the harness says where nobody named a device
         return cls(**{**others, **arg_dict})
 
     @property
