@@ -39,10 +39,10 @@ LESS = {  # what makes a command of a page so small that a test can run it
 SHIPPED = {"classics": "books/", "shakespeare": "books/"}  # texts of megabytes
 
 
-def commands(block: str) -> list[list[str]]:
-    """The words of each command that a block gives, loops and variables and all."""
+def commands(block: str, folder: str = "/") -> list[list[str]]:
+    """The words of each command of a block, by the shell itself: loops, variables, patterns of names in the folder."""
     words = ["bash", "-euc", SHELL + block]
-    told = subprocess.run(words, cwd="/", capture_output=True, text=True, check=False, timeout=60)
+    told = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
     assert not told.returncode and not told.stderr, told.stderr
     return [line.split("\0")[:-1] for line in told.stdout.splitlines()]
 
@@ -144,7 +144,7 @@ def there(place, server, tmp_path, monkeypatch):  # noqa: F811
 def test_commands_of_a_page_run(there, capsys, path, monkeypatch):
     """One after the other, as a reader would."""
     blocks = run_blocks(path.read_text(encoding="utf-8"), "sh")
-    for program, *words in [words for block in blocks for words in commands(block)]:
+    for program, *words in [words for block in blocks for words in commands(block, ".")]:
         if program in ("esolm", "torchrun"):
             capsys.readouterr()
             main(_smaller(words if program == "esolm" else _of_a_rank(words)))
