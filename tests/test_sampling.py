@@ -13,7 +13,7 @@ import torch
 
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request
 from esolm.attention import Relation, attends
-from esolm.draw import Draw
+from esolm.draw import Draw, draw_rows
 from esolm.noise import generator
 from esolm.order import Interleaved
 from esolm.sample import Writer, complete, write
@@ -198,6 +198,8 @@ def test_seeds_make_texts_differ():
         (lambda: Request(length=4, given={-1: 1}), r"given positions must lie in \[0, 4\), got -1"),
         (lambda: Draw(temperature=-1), "temperature must be at least 0"),
         (lambda: Draw(top_p=0), r"top_p must lie in \(0, 1\]"),
+        (lambda: Draw(temperature=1e-40), r"temperature must be .* lie in \[1e-30, 1e\+30\], got 1e-40"),
+        (lambda: Draw(temperature=1e300), r"temperature must be .* lie in \[1e-30, 1e\+30\], got 1e\+300"),
         (lambda: Draw(top_k=0), "top_k must be at least 1"),
         (lambda: Writer(DENOISER, AR(), []), "give at least one request"),
         (lambda: Writer(DENOISER, AR(), [Request(length=17)]), "17 tokens is longer than the model's 16"),
@@ -213,6 +215,15 @@ def test_seeds_make_texts_differ():
 def test_what_cannot_be_written_is_refused_with_its_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [Draw(temperature=0.0), Draw(), Draw(top_p=0.5), Draw(top_k=2)], ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_row_with_nothing_to_draw_is_refused_whatever_the_options(options, bad):
+    logits = torch.zeros(2, 5)
+    logits[1] = bad
+    with pytest.raises(ValueError, match="NaN or no token left to draw"):
+        draw_rows(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), [options] * 2)
 
 
 WRITES_AT_ONCE = """

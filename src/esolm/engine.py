@@ -64,7 +64,8 @@ class Engine:
         who: Relation,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch row width"]:
-        """As `Denoiser.forward`. IndexError for an id or a position that the network does not have."""
+        """As `Denoiser.forward`. IndexError for an id or a position that the network does not have, TypeError for what
+        is not int64."""
         batch, rows = tokens.shape
         tokens, positions = tokens.contiguous(), positions.expand(batch, -1).contiguous()
         _check(tokens, self.config.vocab_size, "id")
@@ -270,7 +271,10 @@ class Panels:
 
 
 def _check(numbers: Tensor, limit: int, what: str) -> None:
-    """IndexError unless all of them lie in [0, limit): what is outside would be read from other memory."""
+    """IndexError unless all of them lie in [0, limit): what is outside would be read from other memory. TypeError for
+    numbers of another dtype, which would be read as int64 all the same."""
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"{what}s must be int64, got {numbers.dtype}")
     found = numbers.numpy()
     if found.size and not 0 <= found.min() <= found.max() < limit:
         raise IndexError(f"{what}s must lie in [0, {limit}), got {found.min()} to {found.max()}")

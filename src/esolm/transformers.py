@@ -201,6 +201,10 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         writers = (Writer(self._prepared(dtype), self.algorithm, part, end_id=end) for part in parts)
         return [text for writer in writers for text in _written(writer, streamer, end)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, makes a writer of its own: one points into its process's memory."""
+        return {**self.__dict__, "_writer": None}
+
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The network draws its first weights itself; what no file holds are its angles."""
         if isinstance(module, Denoiser):
