@@ -18,7 +18,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LEVELS = (
     "types whole own plain noise tiles ranks signals shipped native ledger",
     "schedule attention draw calibrate seal records pickled partial",
-    "hub order cache archive parts",
+    "hub order cache archive parts choice",
     "denoiser",
     "products",
     "engine",
