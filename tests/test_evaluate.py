@@ -263,3 +263,4 @@ def test_a_table_in_markdown_has_a_line_for_each_row():
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {10}
     assert "importance-weighted bound of 3" in lines[-1]
+    assert "nan" not in markdown(evaluate(model_of(EsoLM()), DOCUMENTS[:1], texts=1))  # one window has no error

@@ -171,7 +171,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.name,
         f"{found.kind}{many}",
         f"{found.nats_per_token:.4f}",
-        f"{found.standard_error:.4f}",
+        "-" if math.isnan(found.standard_error) else f"{found.standard_error:.4f}",
         "-" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
         "-" if found.monte_carlo_error is None else f"{found.monte_carlo_error:.4f}",
         f"{bound}{found.perplexity:.2f}",

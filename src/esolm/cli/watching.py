@@ -118,11 +118,11 @@ def _row(run: "History") -> list[Any]:
     from rich.text import Text
 
     from esolm.history import ago
-    from esolm.sinks import clock_time
+    from esolm.sinks import clock_time, plus_minus
 
     validation, error = run.last("validation"), run.last("validation_error")
     speed, seconds = run.last("tokens_per_second"), run.last("seconds")
-    shown = "" if validation is None else f"{validation:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    shown = "" if validation is None else plus_minus(validation, error)
     loss = run.last("loss")
     return [
         Text(str(run.folder)),
