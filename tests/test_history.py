@@ -120,6 +120,16 @@ def test_a_narrow_terminal_shows_names_rather_than_speeds(tmp_path, capsys, monk
     assert max(map(len, out.splitlines())) <= width
 
 
+def test_a_very_narrow_terminal_shows_whole_words_of_what_fits(tmp_path, capsys, monkeypatch):
+    """At 40 columns the name was gone, and the state was `finish`."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.chdir(tmp_path)
+    write(Path("run"), range(1, 11))
+    cli.main(["runs", "run"])
+    out = capsys.readouterr().out
+    assert "run " in out and "finished" in out and "10/10" in out and "0.000" in out
+
+
 @pytest.mark.parametrize(("arguments", "code", "told"), [
     (["runs", "nowhere"], 3, "there is no folder nowhere"),
     (["plot", "nowhere"], 3, "nowhere holds no run"),

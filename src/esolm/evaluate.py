@@ -142,7 +142,7 @@ def table(rows: Sequence[Row]) -> Table:
     wide = ("95 % of texts", "± draws")
     for label in _COLUMNS:
         if label not in wide:
-            shown.add_column(label, justify="left" if label in ("model", "measure") else "right")
+            shown.add_column(label, justify="left" if label in ("model", "measure") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(cell for label, cell in zip(_COLUMNS, _cells(row), strict=True) if label not in wide))
     return shown

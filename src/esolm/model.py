@@ -81,7 +81,7 @@ def of(
     try:
         config = plain.from_plain(Config, saved.config["network"])
         _refuse_other_sizes(weights, config)  # before so much memory is asked for
-        denoiser = Denoiser(config)
+        denoiser = Denoiser(config).float()
         denoiser.load_state_dict(weights)
     except ValueError as problem:
         told = "; ".join(line.strip() for line in str(problem).splitlines())

@@ -77,8 +77,9 @@ def chosen(dtype: Dtype, device: torch.device, rows: int = 2, *, engine: bool = 
 def half_runs() -> bool:
     """Has this torch, on this CPU, products of float32 rows with float16 weights (FBGEMM: x86 with AVX2)?"""
     try:
-        weight = torch.ops.quantized.linear_prepack_fp16(torch.eye(4), None)
-        return bool((torch.ops.quantized.linear_dynamic_fp16(torch.eye(4), weight) == torch.eye(4)).all())
+        eye = torch.eye(4, dtype=torch.float32, device="cpu")
+        weight = torch.ops.quantized.linear_prepack_fp16(eye, None)
+        return bool((torch.ops.quantized.linear_dynamic_fp16(eye, weight) == eye).all())
     except (RuntimeError, AttributeError):
         return False
 
@@ -174,7 +175,7 @@ class Int8(Product):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self._weight, self._scale = int8_steps(linear.weight.detach().float())
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self._bias = None if linear.bias is None else linear.bias.detach().clone().float()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs).to(torch.bfloat16)

@@ -90,7 +90,13 @@ def plot(
 
 
 _HEAD = ("run", "state", "step", "loss", "validation", "tokens/s", "time", "last line")
-_GIVEN_UP = ("tokens/s", "last line", "time")  # in this order, where the terminal is too narrow for all
+_GIVEN_UP = (
+    "tokens/s",
+    "last line",
+    "time",
+    "validation",
+    "loss",
+)  # in this order, where a terminal is too narrow
 _NARROWEST = 24  # of the first column, which folds
 
 
