@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,15 @@ def test_help_fits_the_terminal(monkeypatch, run, width):
         out, _ = run(name, "--help")
         _, _, options = out.partition(" options ")
         assert "--help" in options and max(map(len, options.splitlines())) <= width
+        for line, following in pairwise(options.splitlines()):  # a sentence goes on as long as there is room
+            word = re.match("│ {8,}([a-z]\\S*)", following)
+            if word and re.match("│ .* {2,}\\S", line):
+                assert len(line.rstrip("│").rstrip()) + 1 + len(word[1]) > width - 4, line
+        told, _, _ = out.partition("\n\nExamples:\n")
+        assert max(map(len, told.splitlines())) <= width and "\n\n\n" not in out.partition("╭")[0]
     out, _ = run("--help")
     assert max(map(len, out.splitlines())) <= width and all(f"  {name} " in out for name in cli._COMMANDS)
+    assert len({re.match("  [a-z-]+ +", line).end() for line in out.splitlines() if re.match("  [a-z-]+ +", line)}) == 1
 
 
 def test_help_is_a_command_too_and_nothing_is_answered_with_it(run):

@@ -7,9 +7,11 @@ import json
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -244,6 +246,17 @@ def test_a_link_that_leads_nowhere_is_named_rather_than_left_out(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(DataError, match=r"cannot read .*b\.txt: No such file"):
+        list(documents(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["books.tar", "books.tar.gz", "books.tgz", "books.zip"])
+def test_an_archive_is_refused_and_not_read_as_a_text(tmp_path, name):
+    """A tar is UTF-8 if its texts are, so that its headers were learned from; a zip was to be converted with iconv."""
+    (tmp_path / "a.txt").write_text("some text")
+    form = {".zip": "zip", ".tar": "tar"}.get(Path(name).suffix, "gztar")
+    made = Path(shutil.make_archive(str(tmp_path / "books"), form, tmp_path, "a.txt"))
+    made.rename(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name} is an archive of files: unpack it"):
         list(documents(tmp_path))
 
 

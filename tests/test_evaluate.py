@@ -263,3 +263,13 @@ def test_a_table_in_markdown_has_a_line_for_each_row():
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {10}
     assert "importance-weighted bound of 3" in lines[-1]
+    assert "nan" not in markdown(evaluate(model_of(EsoLM()), DOCUMENTS[:1], texts=1))  # one window has no error
+
+
+def test_a_table_in_the_terminal_cuts_no_name_off():
+    """Two runs of one long folder had one name."""
+    name = "runs/a-long-folder-of-runs/and-a-long-name-0.125"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(evaluate(model_of(EsoLM()), DOCUMENTS, name=name)))
+    lines = [line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(lines) == name

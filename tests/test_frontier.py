@@ -12,6 +12,7 @@ from esolm.denoiser import Config, Denoiser
 from esolm.frontier import Setting, best, measure, settings_of
 from esolm.judge import Ours
 from esolm.model import Model
+from esolm.records import Records
 from esolm.tokenizer import Tokenizer
 
 LENGTH = 16
@@ -78,6 +79,14 @@ def test_an_interrupted_frontier_goes_on_with_the_same_texts_and_the_times_it_ha
     assert (torn / name).read_bytes().splitlines()[:2] == files[name].splitlines()[:2]
     assert again.quality == whole.quality
     assert point(torn) == again  # nothing is written or timed again
+
+
+def test_texts_that_hold_what_unicode_breaks_lines_at_are_gone_on_with(tmp_path):
+    """A model of bytes writes them sooner or later, and what was kept was taken for damaged."""
+    with Records(tmp_path, "written", {"seed": 0}) as records:
+        records.add({"texts": ["a\u2028b\x85c"]})
+    with Records(tmp_path, "written", {"seed": 0}) as records:
+        assert records.entries == [{"texts": ["a\u2028b\x85c"]}]
 
 
 def test_a_point_is_never_mixed_from_two_machines_or_settings(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from esolm import cli, curves, history
 from esolm.journal import FILE, Journal
+from esolm.sinks import plus_minus
 from pictures import drawn, words_on_words
 
 
@@ -73,6 +75,20 @@ def test_a_torn_last_line_and_a_log_without_validation_are_read(tmp_path):
     assert found.step == 3 and found.last("validation") is None and found.state == "died"
 
 
+def test_a_run_is_where_its_log_ends_also_before_its_first_figures(tmp_path):
+    """A run that was stopped and saved at step 4, with a line of figures every ten steps, was listed at step 0."""
+    with Journal(tmp_path, total=100, console=Console(quiet=True)) as log:
+        log.begin()
+        log.text(4, "saved", "step-000000004")
+        log.end("interrupted")
+    assert history.of(tmp_path).step == 4
+
+
+def test_a_validation_on_one_text_has_no_error_and_none_is_shown():
+    assert plus_minus(5.317, math.nan) == plus_minus(5.317, None) == "5.317"
+    assert plus_minus(5.317, 0.25) == "5.317 ± 0.250"
+
+
 def test_runs_are_listed_with_their_last_figures_and_a_damaged_log_hides_no_other(tmp_path, capsys):
     write(tmp_path / "sweep" / "one", range(1, 11))
     write(tmp_path / "two", range(1, 4), end="interrupted")
@@ -102,6 +118,16 @@ def test_a_narrow_terminal_shows_names_rather_than_speeds(tmp_path, capsys, monk
     assert out.replace("\n", "").replace(" ", "").count("sweep/a-name-of-20-letters"[:24]) == 1
     assert "1.000 ± 0.250" in out and ("tokens/s" in out) == shown
     assert max(map(len, out.splitlines())) <= width
+
+
+def test_a_very_narrow_terminal_shows_whole_words_of_what_fits(tmp_path, capsys, monkeypatch):
+    """At 40 columns the name was gone, and the state was `finish`."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.chdir(tmp_path)
+    write(Path("run"), range(1, 11))
+    cli.main(["runs", "run"])
+    out = capsys.readouterr().out
+    assert "run " in out and "finished" in out and "10/10" in out and "0.000" in out
 
 
 @pytest.mark.parametrize(("arguments", "code", "told"), [

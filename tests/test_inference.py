@@ -1,7 +1,10 @@
 """The network as it writes is the denoiser: the same logits in every shape of network, near ones in smaller dtypes."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -135,6 +138,39 @@ def test_the_compiled_draw_is_the_draw():
     hidden[3] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         network.draw(hidden, uniform.numpy())
+
+
+UNDER_ANOTHER_DEFAULT = """
+import sys
+import torch
+from esolm.algorithms import EsoLM
+from esolm.denoiser import Config, Denoiser
+from esolm.model import Model
+from esolm.tokenizer import Tokenizer
+
+def model_of(dtype):
+    network = Denoiser(Config(vocab_size=258, length=64, width=64, layers=2, heads=2), torch.Generator().manual_seed(0))
+    return Model(network, EsoLM(), Tokenizer.bytes(), dtype=dtype)
+
+first = model_of("float32")
+text, score = first.sample(seed=1), first.score("abc")
+if sys.argv[1] == "meta":
+    torch.set_default_device("meta")
+    assert first.sample(seed=1) == text
+else:
+    torch.set_default_dtype(getattr(torch, sys.argv[1]))
+    assert first.sample(2, seed=1)[:1] == text and first.score("abc") == score
+    for dtype in ("float32", "float16", "int8"):
+        assert model_of(dtype).sample(seed=1)
+"""
+
+
+@pytest.mark.parametrize("default", ["bfloat16", "float64", "meta"])
+@pytest.mark.parametrize("engine", ["", "0"], ids=["compiled", "torch"])
+def test_what_torch_makes_by_default_is_the_users_and_changes_nothing(default, engine):
+    """The engine's buffers had torch's default dtype: with bfloat16 they were half as long, and C wrote behind them."""
+    command = [sys.executable, "-c", UNDER_ANOTHER_DEFAULT, default]
+    subprocess.run(command, check=True, env={**os.environ, "ESOLM_NATIVE": engine})
 
 
 REASONS = {

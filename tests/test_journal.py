@@ -146,6 +146,25 @@ def test_a_sink_that_fails_is_told_of_and_left_out_and_the_run_goes_on(tmp_path:
     assert console.file.getvalue().count("Failing failed (no route)") == 1  # type: ignore[attr-defined]
 
 
+def test_a_sink_that_fails_at_everything_is_told_of_once(tmp_path: Path) -> None:
+    """What was to be said of it was sent to it too, and failed, and so on: RecursionError ended the run."""
+
+    class Gone(Failing):
+        def write(self, step, figures):
+            raise ConnectionError("no route")
+
+        def text(self, step, name, text):
+            raise ConnectionError("no route")
+
+    console, other = quiet(), Failing()
+    with Journal(tmp_path, sinks=[Gone(), other, Gone()], console=console) as journal:
+        for step in (1, 3):
+            journal.write(step, loss=1.0)
+    assert other.sent == [1, 3]
+    assert [entry["step"] for entry in read(tmp_path) if "loss" in entry] == [1, 3]
+    assert console.file.getvalue().count("Gone failed (no route)") == 2  # type: ignore[attr-defined]
+
+
 def test_a_log_that_is_written_is_locked_and_a_second_run_keeps_out(tmp_path: Path) -> None:
     with Journal(tmp_path, console=quiet()):
         assert log.is_written(tmp_path)

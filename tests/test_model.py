@@ -1,5 +1,9 @@
 """A model in its users' hands: texts in, texts out, the same for the same seed; scores that padding does not change."""
 
+import copy
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,6 +192,7 @@ def test_info_tells_what_it_is_and_how_it_was_trained(tmp_path):
         (lambda m: m.sample(prompt="x" * 40), "the prompt has 40 tokens"),
         (lambda m: m.sample(prompt="long prompt", length=5), "raise length"),
         (lambda m: m.sample(length=33), "longer than the model's 32"),
+        (lambda m: m.sample(length=-3), "length must be at least 1, got -3"),
         (lambda m: m.sample(0), "num must be at least 1"),
         (lambda m: m.infill("no gap here"), "no blank in"),
         (lambda m: m.infill("_" * 40), "the model holds 32"),
@@ -204,6 +209,71 @@ def test_what_the_model_cannot_do_is_said(call, words):
         call(model_of(EsoLM()))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_writes_and_scores_the_same(copied):
+    """One with a compiled engine could not be copied, and a tokenizer's copy read "<|mask|>" in a text as a mask."""
+    model = Model(Denoiser(NETWORK, torch.Generator().manual_seed(0)), EsoLM(), BYTES, facts={"step": 3})
+    model.sample(length=8)
+    again = copied(model)
+    assert again.sample(2, seed=4, prompt="<|mask|>") == model.sample(2, seed=4, prompt="<|mask|>")
+    assert again.score("abc") == model.score("abc") and again.facts == model.facts
+    assert again.denoiser.embed.weight.data_ptr() != model.denoiser.embed.weight.data_ptr()
+
+
+OF_OTHER_TYPES = """
+import numpy as np
+import torch
+from esolm.algorithms import EsoLM, Request
+from esolm.attention import Relation
+from esolm.denoiser import Config, Denoiser
+from esolm.draw import Draw
+from esolm.model import Model
+from esolm.tokenizer import Tokenizer
+
+network, rows = Denoiser(Config(vocab_size=258, length=32, width=32, layers=1, heads=2)), torch.zeros(1, 2).long()
+model = Model(network, EsoLM(), Tokenizer.bytes())
+
+def refused(call, *words):
+    try:
+        call()
+    except (ValueError, TypeError) as problem:
+        assert all(word in str(problem) for word in words), problem
+        return
+    raise AssertionError(f"not refused: {words}")
+
+refused(lambda: model.sample(length=8.0), "length must be a whole number, got 8.0")
+refused(lambda: model.sample(2.0), "num must be a whole number")
+refused(lambda: model.sample(seed=1.0), "seed must be a whole number")
+refused(lambda: model.sample(prompt=5), "a text must be a str, got int")
+refused(lambda: model.sample(prompt=[1, 2]), "a text must be a str, got list")
+refused(lambda: model.score(b"a"), "a text must be a str, got bytes")
+refused(lambda: model.infill("a __", tokens=3.0), "tokens must be a whole number")
+refused(lambda: model.score("a", samples=2.0), "samples must be a whole number")
+refused(lambda: Draw(top_k=5.0), "top_k must be a whole number, got 5.0")
+refused(lambda: Request(length=8, num_steps=4.0), "num_steps must be a whole number, got 4.0")
+refused(lambda: Request(length=8, given={0.5: 1}), "a given position must be a whole number, got 0.5")
+refused(lambda: Request(length=8, given={0: 1.5}), "a given token must be a whole number, got 1.5")
+refused(lambda: Model(network, EsoLM(), Tokenizer.bytes(), dtype="fp16"), "auto, float32", "did you mean 'float16'")
+refused(lambda: Model(network, EsoLM(), Tokenizer.bytes(), dtype=torch.float16), "got 'torch.float16'")
+if type(model.writer).__name__ == "Engine":  # it is handed addresses
+    refused(lambda: model.writer(rows, rows.double(), Relation()), "positions must be int64")
+    refused(lambda: model.writer(rows.int(), rows, Relation()), "ids must be int64")
+
+given = {torch.tensor(0): np.int16(3), np.int64(2): torch.tensor(5)}
+request = Request(length=np.int32(8), given=given, num_steps=torch.tensor(4), seed=np.uint32(7))
+assert request == Request(length=8, given={0: 3, 2: 5}, num_steps=4, seed=7)
+given[np.int64(1)] = 4
+assert request.given == {0: 3, 2: 5}, "a request does not follow its maker"
+assert model.sample(seed=np.uint32(5000), length=8) == model.sample(seed=5000, length=8), "32 bits overflow"
+"""
+
+
+def test_numbers_of_other_types_are_whole_or_refused_and_never_read_as_they_lie():
+    """A length of 8.0 made positions of float64, which the engine read as int64: the process ended. In a process of
+    its own, since the checks of types that tests have would refuse them first."""
+    subprocess.run([sys.executable, "-c", OF_OTHER_TYPES], check=True)
+
+
 def test_a_tokenizer_of_another_model_is_refused():
     network = Denoiser(replace(NETWORK, vocab_size=300))
     with pytest.raises(ValueError, match="the tokenizer has 258 ids and the network 300"):
@@ -211,8 +281,5 @@ def test_a_tokenizer_of_another_model_is_refused():
 
 
 def test_importing_the_package_loads_no_torch():
-    import subprocess
-    import sys
-
     code = "import sys, esolm, esolm.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

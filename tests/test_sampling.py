@@ -6,6 +6,7 @@ The other side here is `from_scratch`: every row of a step fed anew, for one tex
 import itertools
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import torch
 
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request
 from esolm.attention import Relation, attends
-from esolm.draw import Draw
+from esolm.draw import Draw, draw_rows
 from esolm.noise import generator
-from esolm.order import Interleaved
+from esolm.order import Interleaved, Positions
 from esolm.sample import Writer, complete, write
 from slow import network, unchecked
 
@@ -198,6 +199,8 @@ def test_seeds_make_texts_differ():
         (lambda: Request(length=4, given={-1: 1}), r"given positions must lie in \[0, 4\), got -1"),
         (lambda: Draw(temperature=-1), "temperature must be at least 0"),
         (lambda: Draw(top_p=0), r"top_p must lie in \(0, 1\]"),
+        (lambda: Draw(temperature=1e-40), r"temperature must be .* lie in \[1e-30, 1e\+30\], got 1e-40"),
+        (lambda: Draw(temperature=1e300), r"temperature must be .* lie in \[1e-30, 1e\+30\], got 1e\+300"),
         (lambda: Draw(top_k=0), "top_k must be at least 1"),
         (lambda: Writer(DENOISER, AR(), []), "give at least one request"),
         (lambda: Writer(DENOISER, AR(), [Request(length=17)]), "17 tokens is longer than the model's 16"),
@@ -213,6 +216,51 @@ def test_seeds_make_texts_differ():
 def test_what_cannot_be_written_is_refused_with_its_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [Draw(temperature=0.0), Draw(), Draw(top_p=0.5), Draw(top_k=2)], ids=repr)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_row_with_nothing_to_draw_is_refused_whatever_the_options(options, bad):
+    logits = torch.zeros(2, 5)
+    logits[1] = bad
+    with pytest.raises(ValueError, match="NaN or no token left to draw"):
+        draw_rows(logits, torch.tensor([0.5, 0.5], dtype=torch.float64), [options] * 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Positions):
+    """What a test says."""
+
+    written: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def choose(self, free, alpha_0, num_steps, rng):
+        return np.array(self.written), np.array(self.counts)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "written", "counts", "words"),
+    [
+        (EsoLM(), (3, 3), (1, 1), "free positions, each once"),
+        (EsoLM(), (0,), (1,), "free positions, each once"),  # it is given
+        (EsoLM(), (50,), (1,), "free positions, each once"),
+        (EsoLM(variant="A"), (1.0, 2.0), (1, 1), "free positions, each once"),
+        (EsoLM(), (1, 2, 3), (1, 1), "how many of them each step writes"),  # masks were left in the text
+        (EsoLM(), (1, 2), (3, -1), "how many of them each step writes"),
+        (MDLM(), (1, 2), (2,), "left 1 positions, and diffusion alone writes here"),
+        (BD3LM(block_size=4), (1,), (1,), "left 2 positions, and diffusion alone writes here"),
+    ],
+)
+def test_an_order_of_ones_own_that_is_none_is_refused_by_its_name(algorithm, written, counts, words):
+    request = Request(length=4, given={0: 1}, positions=Given(written=written, counts=counts))
+    with pytest.raises(ValueError, match=rf"Given.choose .*{words}"):
+        complete(DENOISER, algorithm, [request])
+
+
+def test_an_order_of_ones_own_may_leave_all_to_the_sequential_phase():
+    """Empty arrays are of floats, unless one says otherwise, and so were all positions then."""
+    request = Request(length=4, positions=Given(written=(), counts=()))
+    assert len(complete(DENOISER, EsoLM(), [request])[0].tokens) == 4
 
 
 WRITES_AT_ONCE = """

@@ -258,6 +258,23 @@ def test_another_run_continues_from_the_averaged_weights(tmp_path, loader):
     assert all(torch.equal(parameter, ema[name]) for name, parameter in state.denoiser.named_parameters())
 
 
+def test_a_run_that_goes_on_with_an_average_begins_it_at_its_weights(tmp_path, loader):
+    """It began at the random weights that a run begins with, and held some of them for thousands of steps."""
+    run_of(tmp_path / "run", loader, settings(optim=Optim(average=None)))
+    state = train_module.State(settings(), BYTES, torch.device("cpu"), None)
+    state.restore(tmp_path / "run")
+    assert state.average is not None
+    average = state.average.state()
+    assert all(torch.equal(average[name], parameter) for name, parameter in state.denoiser.named_parameters())
+
+
+@pytest.mark.parametrize("count", [8, 20, 33])
+def test_as_many_texts_are_validated_as_asked_for(tmp_path, loader, count):
+    """Of 20 there were 16: whole batches only."""
+    outcome = run_of(tmp_path / "run", loader, settings(num_steps=1, validation_texts=count))
+    assert outcome.validation is not None and outcome.validation.num_texts == count
+
+
 def test_options_that_do_not_fit_are_named_all_at_once():
     with pytest.raises(ValueError, match=r"num_steps must be at least 1, got 0; .*micro_batch .*; minutes must be"):
         settings(num_steps=0, micro_batch=99, minutes=-1.0)

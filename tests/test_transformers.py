@@ -1,5 +1,8 @@
 """Our models in the transformers library: the core's logits bit for bit, its texts, and the way there and back."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -225,12 +228,60 @@ def test_weights_that_change_are_seen_by_the_next_text():
         ({"max_new_tokens": 100}, "more than the 24 that the network holds"),
         ({"max_length": 2}, "nothing to write|leaves"),
         ({"temperature": -1.0, "do_sample": True}, "temperature must be at least 0"),
+        ({"num_return_sequences": 0}, "there is nothing to write"),
+        ({"eos_token_id": [5, 6]}, r"eos_token_id must be one id, got \[5, 6\]"),
+        ({"attention_mask": torch.ones(1, 2)}, r"as \[text, token\] .* got \[1, 3\], and attention_mask of \[1, 2\]"),
     ],
 )
 def test_what_cannot_be_done_is_said(options, words):
     theirs, tokenizer = of(model_of())
     with pytest.raises(ValueError, match=words):
         theirs.generate(tokenizer("abc", return_tensors="pt")["input_ids"], **options)
+
+
+def test_a_prompt_without_a_batch_is_refused_and_so_is_what_forward_would_ignore():
+    """Each token of a prompt `[token]` was a text of its own."""
+    theirs = of(model_of())[0]
+    ids = torch.arange(4)
+    for call in (theirs, theirs.generate):
+        with pytest.raises(ValueError, match=r"give input_ids as \[text, token\] .* got \[4\]"):
+            call(ids)
+    for name in ("output_hidden_states", "attention_masks"):
+        with pytest.raises(ValueError, match=f"forward has no {name}"):
+            theirs(ids[None], **{name: True})
+    assert theirs(ids[None], output_hidden_states=False).logits.shape == (1, 4, 258)
+
+
+def test_an_end_of_text_may_come_as_a_list_of_one():
+    theirs = of(model_of())[0]
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(theirs.generate(ids, eos_token_id=[7]), theirs.generate(ids, eos_token_id=7))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda theirs: pickle.loads(pickle.dumps(theirs))])
+def test_a_model_that_has_written_can_be_copied(copied):
+    theirs = of(model_of())[0]
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(copied(theirs).generate(ids), theirs.generate(ids))
+    assert torch.equal(copied(theirs).generate(ids), theirs.generate(ids))
+
+
+def test_the_library_trains_alike_whether_it_accumulates_or_not(tmp_path):
+    """It took the loss for divided already, since `forward` takes any option: gradients were so many times as large."""
+    pytest.importorskip("accelerate", reason="ACCELERATE IS NOT INSTALLED: pip install accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    ids = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
+    data, weights = [{"input_ids": row, "labels": row} for row in ids], []
+    for at_once in (1, 2):
+        theirs = of(model_of(AR()))[0]
+        optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+        options = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": 2 // at_once}
+        steady = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        how = TrainingArguments(str(tmp_path), max_steps=1, max_grad_norm=0, report_to=[], use_cpu=True, **options)
+        Trainer(theirs, how, train_dataset=data, optimizers=(optimizer, steady)).train()
+        weights.append(theirs.denoiser.head.weight.detach())
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):

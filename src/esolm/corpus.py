@@ -30,6 +30,7 @@ from esolm.plain import nearest
 PAGE = "\f"  # between documents of one file
 _PACKED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 _JSON = (".jsonl", ".json", ".ndjson")
+_ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".rar")  # a tar of texts would pass for a text, its headers and all
 _HUB = "hf:"
 _CHUNK = 2**20  # bytes read at a time
 
@@ -154,6 +155,8 @@ def _records(
 def _of_file(file: _Reader, path: Path, names: tuple[str, ...], separator: str | None) -> Iterator[tuple[str, ...]]:
     """The records of one file, whose form its name tells."""
     kind = _kind(path)
+    if kind in _ARCHIVES:
+        raise DataError(f"{path} is an archive of files: unpack it, and give the folder")
     if kind == ".parquet":
         yield from _parquet(file, path, names)
     elif kind in _JSON:

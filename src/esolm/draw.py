@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from esolm.whole import whole
+
 _BLOCK, _LARGEST_BLOCK = 256, 2048  # ids summed together: the two levels cost vocab / block and block float64 additions
 NOTHING_TO_DRAW = "a row of logits has NaN or no token left to draw: check the model's weights"
+_COLDEST, _HOTTEST = 1e-30, 1e30  # beyond them a logit over the temperature is no float32
 _CANDIDATES = 512  # ids that top-p looks at before it sorts the whole row
 
 
@@ -31,9 +34,12 @@ class Draw:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature must be at least 0, got {self.temperature}: 0 is greedy, 1 the model's own")
-        if self.top_k is not None and self.top_k < 1:
+        if not (self.temperature == 0 or _COLDEST <= self.temperature <= _HOTTEST):
+            problems.append(
+                f"temperature must be at least 0 and, above it, lie in [{_COLDEST:g}, {_HOTTEST:g}], got "
+                f"{self.temperature}: 0 is greedy, 1 the model's own"
+            )
+        if self.top_k is not None and whole("top_k", self.top_k) < 1:
             problems.append(f"top_k must be at least 1, got {self.top_k}: leave it out to keep every token")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p must lie in (0, 1], got {self.top_p}: 1 keeps every token")
@@ -66,7 +72,10 @@ def draw_rows(
 def draw(logits: Float[Tensor, "row vocab"], uniform: Float64[Tensor, "row"], options: Draw) -> Int64[Tensor, "row"]:
     """A token for each row: temperature, then top-k, then top-p, then an exact draw. Sources: arXiv:1904.09751."""
     if options.temperature == 0:
-        return logits.argmax(-1)
+        most, tokens = logits.max(-1)
+        if not bool((most > -torch.inf).all()):  # NaN fails this as well
+            raise ValueError(NOTHING_TO_DRAW)
+        return tokens
     if options.temperature != 1:
         logits = logits / options.temperature
     if options.plain:

@@ -26,6 +26,7 @@ from esolm.native import Op, Pass
 from esolm.products import Chosen, fits_half, int8_steps, table_dtype
 
 _HIDDEN, _NORMED, _QKV, _MIXED, _UP, _GATED, _OUT = range(7)  # buffers: [row, width of what they hold]
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # the defaults of torch are the user's
 _LINE = 64  # bytes that memory gives at once
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -64,7 +65,8 @@ class Engine:
         who: Relation,
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch row width"]:
-        """As `Denoiser.forward`. IndexError for an id or a position that the network does not have."""
+        """As `Denoiser.forward`. IndexError for an id or a position that the network does not have, TypeError for what
+        is not int64."""
         batch, rows = tokens.shape
         tokens, positions = tokens.contiguous(), positions.expand(batch, -1).contiguous()
         _check(tokens, self.config.vocab_size, "id")
@@ -73,10 +75,10 @@ class Engine:
         kept = cache or self._passing(batch, rows)
         keys, values, threads = _addresses(kept.keys), _addresses(kept.values), torch.get_num_threads()
         lanes = self._library.lanes
-        scores = torch.empty(threads * native.QUERIES * -(-kept.used // lanes) * lanes)
+        scores = torch.empty(threads * native.QUERIES * -(-kept.used // lanes) * lanes, **_FLOATS)
         slots = np.ascontiguousarray(kept.lengths, dtype=np.int64)
         mask = who.mask if who.mask is None or who.mask.stride(-1) == 1 else who.mask.contiguous()
-        out = torch.empty(batch, rows, self.config.width)
+        out = torch.empty(batch, rows, self.config.width, **_FLOATS)
         with self._lock:
             buffers = self._room(len(at))
             buffers[_OUT] = out.data_ptr()
@@ -97,7 +99,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """As `Denoiser.logits`."""
-        out = torch.empty(*hidden.shape[:-1], self.config.vocab_size)
+        out = torch.empty(*hidden.shape[:-1], self.config.vocab_size, **_FLOATS)
         with self._lock:
             self._head(hidden, out, self._head_ops)
         return out
@@ -115,7 +117,7 @@ class Engine:
             work = self._pass
             work.temperature, work.uniform = temperature, uniform.ctypes.data
             work.sums, work.drawn = sums.ctypes.data, drawn.ctypes.data
-            self._head(hidden, torch.empty(rows, vocab), self._draw_ops)
+            self._head(hidden, torch.empty(rows, vocab, **_FLOATS), self._draw_ops)
         if drawn.min(initial=0) < 0:
             raise ValueError(NOTHING_TO_DRAW)
         return drawn
@@ -150,7 +152,7 @@ class Engine:
             inner, mlp = config.heads * config.dim, config.hidden_mlp
             sizes = {_HIDDEN: config.width, _QKV: inner + 2 * config.num_kv_heads * config.dim, _MIXED: inner}
             sizes |= {_NORMED: config.width, _UP: 2 * mlp if config.gated else mlp, _GATED: mlp if config.gated else 0}
-            self._buffers = [torch.empty(rows, sizes.get(number, 0)) for number in range(_OUT + 1)]
+            self._buffers = [torch.empty(rows, sizes.get(number, 0), **_FLOATS) for number in range(_OUT + 1)]
             self._rows = rows
         return (c_void_p * (_OUT + 1))(*(buffer.data_ptr() for buffer in self._buffers))
 
@@ -225,7 +227,7 @@ class _Memory:
     def __init__(self, denoiser: Denoiser, library: native.Library) -> None:
         linears = [part for part in denoiser.modules() if isinstance(part, nn.Linear)]
         numbers = sum((part.out_features + native.PANEL) * (part.in_features + 1) for part in linears)
-        self._bytes = torch.empty(4 * numbers + _LINE * len(linears), dtype=torch.uint8)
+        self._bytes = torch.empty(4 * numbers + _LINE * len(linears), dtype=torch.uint8, device="cpu")
         self._used = -self._bytes.data_ptr() % _LINE
         library.advise(self._bytes.data_ptr(), self._bytes.nbytes)
 
@@ -270,7 +272,10 @@ class Panels:
 
 
 def _check(numbers: Tensor, limit: int, what: str) -> None:
-    """IndexError unless all of them lie in [0, limit): what is outside would be read from other memory."""
+    """IndexError unless all of them lie in [0, limit): what is outside would be read from other memory. TypeError for
+    numbers of another dtype, which would be read as int64 all the same."""
+    if numbers.dtype != torch.int64:
+        raise TypeError(f"{what}s must be int64, got {numbers.dtype}")
     found = numbers.numpy()
     if found.size and not 0 <= found.min() <= found.max() < limit:
         raise IndexError(f"{what}s must lie in [0, {limit}), got {found.min()} to {found.max()}")

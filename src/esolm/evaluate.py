@@ -142,7 +142,7 @@ def table(rows: Sequence[Row]) -> Table:
     wide = ("95 % of texts", "± draws")
     for label in _COLUMNS:
         if label not in wide:
-            shown.add_column(label, justify="left" if label in ("model", "measure") else "right")
+            shown.add_column(label, justify="left" if label in ("model", "measure") else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(cell for label, cell in zip(_COLUMNS, _cells(row), strict=True) if label not in wide))
     return shown
@@ -171,7 +171,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.name,
         f"{found.kind}{many}",
         f"{found.nats_per_token:.4f}",
-        f"{found.standard_error:.4f}",
+        "-" if math.isnan(found.standard_error) else f"{found.standard_error:.4f}",
         "-" if row.interval is None else f"{row.interval[0]:.3f} to {row.interval[1]:.3f}",
         "-" if found.monte_carlo_error is None else f"{found.monte_carlo_error:.4f}",
         f"{bound}{found.perplexity:.2f}",

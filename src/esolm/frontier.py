@@ -136,7 +136,7 @@ def table(points: Sequence[Point]) -> Table:
     """The points for the terminal, fastest first within a model."""
     shown = Table(title="quality against time", title_justify="left")
     for label in ("model", "alpha_0", "steps", "NFE", "s/text", "perplexity", "entropy", "MAUVE"):
-        shown.add_column(label, justify="left" if label == "model" else "right")
+        shown.add_column(label, justify="left" if label == "model" else "right", overflow="fold")
     for point in points:
         shown.add_row(*_cells(point))
     return shown

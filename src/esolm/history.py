@@ -74,7 +74,7 @@ def of(folder: Path) -> History:
     entries = journal.read(path)
     began: dict[str, Any] = next((entry for entry in reversed(entries) if entry.get("event") == "began"), {})
     curves = _curves(entries)
-    step = max((curve.steps[-1] for curve in curves.values() if curve.steps), default=0)
+    step = entries[-1]["step"] if entries else 0
     total = began.get("total")
     state, why = _state(entries, step, total, running=journal.is_written(path))
     return History(

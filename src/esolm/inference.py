@@ -48,8 +48,10 @@ def compiled() -> bool:
     """Is there a compiled engine, and does it give a small network's numbers? What a compiler made is not assumed."""
     if native.library() is None:
         return False
-    network = Denoiser(Config(vocab_size=40, length=8, width=32, layers=2, heads=2, kv_heads=1, qk_norm=True))
-    rows = torch.tensor([[1, 2, 39], [3, 39, 39]]), torch.tensor([[0, 1, 2], [4, 2, 3]]), Relation(causal=True)
+    with torch.device("cpu"):
+        network = Denoiser(Config(vocab_size=40, length=8, width=32, layers=2, heads=2, kv_heads=1, qk_norm=True))
+        rows = torch.tensor([[1, 2, 39], [3, 39, 39]]), torch.tensor([[0, 1, 2], [4, 2, 3]]), Relation(causal=True)
+    network.float()  # whatever torch's default is
     checks: tuple[tuple[Chosen, float], ...] = (("float32", 1e-5), ("bfloat16", 1e-2))  # each has kernels of its own
     with torch.inference_mode():
         expected = network.logits(network(*rows))
@@ -71,7 +73,7 @@ class Inference:
         self._embedding = denoiser.embed.weight.detach().to(table_dtype(dtype), copy=True)
         self._angles = torch.stack((denoiser.cos, denoiser.sin), dim=1)
         self._layers = [_Layer.of(block, dtype) for block in denoiser.blocks if isinstance(block, Block)]
-        self._reads, self._never = torch.tensor(0.0), torch.tensor(-torch.inf)
+        self._reads, self._never = torch.tensor([0.0, -torch.inf], dtype=torch.float32, device="cpu").unbind()
         self._last = _norm_of(denoiser.norm)
         self._head = packed(denoiser.head, dtype)
 
@@ -174,7 +176,7 @@ class _Layer:
 
 def _norm_of(norm: nn.LayerNorm | nn.RMSNorm) -> _Norm:
     bias = norm.bias if isinstance(norm, nn.LayerNorm) else None
-    return norm.weight.detach().clone(), None if bias is None else bias.detach().clone()
+    return norm.weight.detach().clone().float(), None if bias is None else bias.detach().clone().float()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -> Tensor:

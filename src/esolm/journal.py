@@ -113,19 +113,20 @@ class Journal:
             self._terminal.text(self._step, "warning", words)
 
     def _each(self, do: Callable[[Sink], None]) -> None:
-        self._sinks = [sink for sink in self._sinks if self._safely(sink, do)]
+        for sink in list(self._sinks):
+            if sink in self._sinks:  # else it has failed at what was to be said of another
+                self._safely(sink, do)
 
-    def _safely(self, sink: Sink, do: Callable[[Sink], None]) -> bool:
-        """Whether a sink did something; what goes wrong in other people's programs must not end a run."""
+    def _safely(self, sink: Sink, do: Callable[[Sink], None]) -> None:
+        """Let a sink do something; what goes wrong in other people's programs must not end a run."""
         try:
             do(sink)
         except Exception as problem:
             if sink is self._terminal:
                 raise
+            self._sinks = [other for other in self._sinks if other is not sink]  # first: it is not told of its own end
             name = type(sink).__name__
             self.text(self._step, "warning", f"{name} failed ({problem}); nothing more is sent to it")
-            return False
-        return True
 
 
 class Silent(Journal):

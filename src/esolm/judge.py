@@ -304,7 +304,7 @@ def table(rows: Sequence[Quality]) -> Table:
     """The figures for the terminal."""
     shown = Table(title="quality under a judge", title_justify="left")
     for label in ("texts", "judge", "perplexity", "bits/byte", "entropy", "distinct-2", "repeated-4", "MAUVE"):
-        shown.add_column(label, justify="left" if label in ("texts", "judge") else "right")
+        shown.add_column(label, justify="left" if label in ("texts", "judge") else "right", overflow="fold")
     for row in rows:
         shown.add_row(
             f"{row.name} ({row.num_texts:,})",

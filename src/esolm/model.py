@@ -28,6 +28,7 @@ from esolm.order import Positions, Uniform
 from esolm.products import Dtype
 from esolm.sample import Reveal, Written
 from esolm.tokenizer import Tokenizer
+from esolm.whole import whole
 
 _BLANK = re.compile("__+")
 _AT_ONCE = 16  # texts written or scored together
@@ -80,7 +81,7 @@ def of(
     try:
         config = plain.from_plain(Config, saved.config["network"])
         _refuse_other_sizes(weights, config)  # before so much memory is asked for
-        denoiser = Denoiser(config)
+        denoiser = Denoiser(config).float()
         denoiser.load_state_dict(weights)
     except ValueError as problem:
         told = "; ".join(line.strip() for line in str(problem).splitlines())
@@ -112,6 +113,7 @@ def _refuse_other_sizes(weights: dict[str, Tensor], config: Config) -> None:
 
 def seed_of(seed: int, number: int) -> int:
     """The seed of text `number` of several that were asked for with one seed."""
+    seed = whole("seed", seed)
     if not 0 <= seed < 2**43:
         raise ValueError(f"seed must lie in [0, 2^43), got {seed}")
     return seed * _SEED_STRIDE + number
@@ -141,6 +143,11 @@ class Model:
         self.algorithm = algorithm
         self.tokenizer = tokenizer
         self.facts = facts or {}
+        self._dtype = dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, has a writer of its own: one points into its process's memory."""
+        return _made, (self.denoiser, self.algorithm, self.tokenizer, self._dtype, self.facts)
 
     @property
     def length(self) -> int:
@@ -175,9 +182,11 @@ class Model:
         `num_steps` counts diffusion steps (None: one token a step); `alpha_0` is the share that diffusion writes
         (None: as trained). ValueError for what the model cannot do.
         """
-        length = self.length if length is None else length
+        length = self.length if length is None else whole("length", length)
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
         multiple = self.algorithm.length_multiple
-        if length > 0 and length % multiple:
+        if length % multiple:
             raise ValueError(
                 f"length {length} is not divisible by block_size {multiple}, in which the model writes: "
                 f"use a length of {max(1, length // multiple) * multiple}"
@@ -211,7 +220,7 @@ class Model:
             raise ValueError(f"a text with blanks takes no {' or '.join(decided)}: write it into the text")
         given: dict[int, int] = {}
         at = 0
-        if tokens is not None and tokens < 1:
+        if tokens is not None and whole("tokens", tokens) < 1:
             raise ValueError(f"tokens must be at least 1, got {tokens}: leave it out for one of each underscore")
         blanks = [len(blank.group()) for blank in _BLANK.finditer(text)]
         if not blanks:
@@ -241,7 +250,7 @@ class Model:
 
     def sample(self, num: int = 1, *, seed: int = 0, **options: Any) -> list[str]:
         """`num` texts; options are those of `request`. Text `i` of a seed is the same whatever `num` is."""
-        if num < 1:
+        if whole("num", num) < 1:
             raise ValueError(f"num must be at least 1, got {num}")
         request = self.request(**options)
         requests = [replace(request, seed=seed_of(seed, number)) for number in range(num)]
@@ -262,7 +271,7 @@ class Model:
         ids = self.tokenizer.encode(text)
         if not ids:
             raise ValueError("there is no text to score: it is empty")
-        if samples < 1:
+        if whole("samples", samples) < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         exact = self.algorithm.bound_is_exact
         samples = 1 if exact else samples
@@ -320,6 +329,10 @@ class Model:
         tokens[:, : len(ids)] = torch.tensor(ids)
         valid = (torch.arange(length) < len(ids)).expand(samples, -1)
         return Batch(tokens=tokens, given=torch.zeros_like(valid), valid=valid)
+
+
+def _made(denoiser: Denoiser, algorithm: Algorithm, tokenizer: Tokenizer, dtype: Dtype, facts: dict[str, Any]) -> Model:
+    return Model(denoiser, algorithm, tokenizer, dtype=dtype, facts=facts)
 
 
 def _told_of(origin: Mapping[str, Any]) -> str:

@@ -87,10 +87,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
         device, dtype = hidden.device.type, _dtype(weight)
         inputs, matrix = hidden.detach().to(dtype), weight.detach().to(dtype)
         wanted = any(ctx.needs_input_grad)
-        nll = torch.empty(len(inputs), device=hidden.device)
+        nll = torch.empty(len(inputs), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(inputs) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
-        grad_bias = torch.zeros(len(weight), device=weight.device) if wanted else None
+        grad_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wanted else None
         # made once: the pages of a new array for every chunk cost as much as its sums
         products = torch.empty(min(_CHUNK_ROWS, len(inputs)), len(weight), dtype=dtype, device=hidden.device)
         held = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)

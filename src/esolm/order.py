@@ -57,6 +57,26 @@ class Positions(ABC):
         phase. `alpha_0` is the expected share to choose; `num_steps=None` means one position a step.
         """
 
+    def chosen(
+        self, free: np.ndarray, alpha_0: float, num_steps: int | None, rng: np.random.Generator, *, every: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `choose` gives, as int64. ValueError unless it is free positions, each once (`every` one of them, if
+        nothing is written otherwise), and how many of them each step writes."""
+        written, counts = (np.asarray(numbers) for numbers in self.choose(free, alpha_0, num_steps, rng))
+        whole = all(numbers.dtype.kind in "iu" or not numbers.size for numbers in (written, counts))
+        free_once = len(np.unique(written)) == len(written) and bool(np.isin(written, free).all())
+        if not (whole and free_once and counts.sum() == len(written) and (counts >= 0).all()):
+            raise ValueError(
+                f"{type(self).__name__}.choose must give free positions, each once, and how many of them each step "
+                f"writes, all of them together; got {written} and {counts}"
+            )
+        if every and len(written) < len(free):
+            raise ValueError(
+                f"{type(self).__name__}.choose left {len(free) - len(written)} positions, and diffusion alone writes "
+                "here: choose all where alpha_0 is 1"
+            )
+        return written.astype(np.int64), counts.astype(np.int64)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Positions):

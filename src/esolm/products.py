@@ -12,12 +12,13 @@ perplexity: `esolm bench`, docs/log.md.
 
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esolm import plain
 from esolm.calibrate import bf16_pays
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16", "int8"]
@@ -54,8 +55,11 @@ def chosen(dtype: Dtype, device: torch.device, rows: int = 2, *, engine: bool = 
     weights where torch has their product, unless bf16 products are faster (measured once) and the rows many.
 
     int8 changes the model most, so it is never chosen for the user. `engine`: is it the compiled engine's products that
-    run? It has all dtypes on every CPU. ValueError for what the device lacks.
+    run? It has all dtypes on every CPU. ValueError for what the device lacks, and for what is no dtype.
     """
+    if dtype not in get_args(Dtype):
+        names = get_args(Dtype)
+        raise ValueError(f"dtype is one of {', '.join(names)}, got {str(dtype)!r}{plain.nearest(str(dtype), names)}")
     if device.type != "cpu":
         if dtype in ("int8", "float16"):
             raise ValueError(f"{dtype} products run on a CPU only, the network is on {device}: use bfloat16 or auto")
@@ -73,8 +77,9 @@ def chosen(dtype: Dtype, device: torch.device, rows: int = 2, *, engine: bool = 
 def half_runs() -> bool:
     """Has this torch, on this CPU, products of float32 rows with float16 weights (FBGEMM: x86 with AVX2)?"""
     try:
-        weight = torch.ops.quantized.linear_prepack_fp16(torch.eye(4), None)
-        return bool((torch.ops.quantized.linear_dynamic_fp16(torch.eye(4), weight) == torch.eye(4)).all())
+        eye = torch.eye(4, dtype=torch.float32, device="cpu")
+        weight = torch.ops.quantized.linear_prepack_fp16(eye, None)
+        return bool((torch.ops.quantized.linear_dynamic_fp16(eye, weight) == eye).all())
     except (RuntimeError, AttributeError):
         return False
 
@@ -95,8 +100,8 @@ def packed(linear: nn.Linear, dtype: Chosen) -> Product:
         return Int8(linear)
     if dtype == "float16" and half_runs() and fits_half(linear.weight):
         return Half(linear)
-    plain = torch.bfloat16 if dtype in ("bfloat16", "int8") else torch.float32
-    return Packed(linear, plain) if _packs(plain) else Plain(linear, plain)
+    other = torch.bfloat16 if dtype in ("bfloat16", "int8") else torch.float32
+    return Packed(linear, other) if _packs(other) else Plain(linear, other)
 
 
 @cache
@@ -170,7 +175,7 @@ class Int8(Product):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self._weight, self._scale = int8_steps(linear.weight.detach().float())
-        self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self._bias = None if linear.bias is None else linear.bias.detach().clone().float()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.inputs).to(torch.bfloat16)

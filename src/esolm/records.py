@@ -60,7 +60,7 @@ class Records:
         self.entries: list[dict[str, Any]] = []
         whole = self.path.read_bytes() if self.path.exists() else b""
         whole = whole[: whole.rfind(b"\n") + 1]
-        lines = whole.decode(errors="replace").splitlines()
+        lines = whole.decode(errors="replace").split("\n")[:-1]  # texts hold what else Unicode breaks lines at
         if lines and lines[0] != first:
             raise ValueError(f"{self.path} holds other results than its name says: remove it")
         for number, line in enumerate(lines[1:], start=2):

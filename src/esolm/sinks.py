@@ -6,6 +6,7 @@ A sink is made before any text is read, so that a missing package is told at onc
 Its own log, `journal.jsonl`, a run always keeps (journal.py). A sink computes no figures but the terminal's speed.
 """
 
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -216,6 +217,11 @@ def clock_time(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A figure with its error: `3.142 ± 0.012`; without one that is not known (None, or NaN: of a single text)."""
+    return f"{value:.3f}" if error is None or math.isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 _SHOWN = ("loss", "validation")

@@ -140,8 +140,8 @@ class State:
             raise checkpoint.CheckpointError(f"{folder} has another newest step on another rank: all must share it")
         self._write(saved.model)
         self.optimizer.load(Parts(self.ranks, saved.optim))
-        if self.average is not None and saved.ema is not None:
-            self.average.load(Parts(self.ranks, saved.ema))
+        if self.average is not None:
+            self.average.load(Parts(self.ranks, saved.ema or saved.model))  # where there was no average yet
         self._share_out(saved)
         self.step, self.validation = saved.step, saved.state.get("validation")
         self.bits_per_byte = saved.state.get("bits_per_byte")

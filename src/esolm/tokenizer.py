@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -122,6 +123,10 @@ class Tokenizer:
             raise FileError(f"this is no tokenizer.json: {problem}") from None
         return Tokenizer(backend)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy reads special tokens spelled out in a text as text, which the library's own copies forget."""
+        return Tokenizer.from_json, (self.to_json(),)
+
     def to_json(self) -> str:
         """The whole tokenizer as JSON, special ids included."""
         text: str = self._backend.to_str()
@@ -153,7 +158,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(json.loads(self.to_json()), sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without end-of-text. Never a special id. ValueError for half a surrogate pair."""
+        """Ids of a text, without end-of-text. Never a special id. ValueError for half a surrogate pair or no str."""
         try:
             return self._ordinary(text, self._backend.encode(text, add_special_tokens=False).ids)
         except TypeError:  # what the library says of a str that has no UTF-8
@@ -247,12 +252,14 @@ def _gpt2(encoder: Path, merges: Path) -> Tokenizer:
 def _unpaired(texts: Sequence[str]) -> str:
     """What is wrong with texts that the library refuses."""
     for text in texts:
+        if not isinstance(text, str):
+            return f"a text must be a str, got {type(text).__name__}"
         try:
             text.encode()
         except UnicodeEncodeError as problem:
             half = f"U+{ord(text[problem.start]):04X}"
             return f"character {problem.start} is half a surrogate pair ({half}), which is no text: remove it"
-    return "texts must be str"
+    raise AssertionError("the library refuses what has UTF-8")
 
 
 def _byte_level(model: models.BPE) -> Backend:

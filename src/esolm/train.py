@@ -286,8 +286,10 @@ def _check(run: Run, tokenizer: Tokenizer, folder: Path, *, resume: bool, start:
 
 def _validate(state: State, validation: Batches, log: Journal, stop: object) -> likelihood.Estimate | None:
     """The NELBO of the averaged weights on the first texts held out, always with the same noise."""
-    run, at_once = state.run, min(_VALIDATED_AT_ONCE, state.run.validation_texts)
-    texts = list(itertools.islice(validation.windows(at_once), max(1, run.validation_texts // at_once)))
+    run, count = state.run, state.run.validation_texts
+    at_once = min(_VALIDATED_AT_ONCE, count)
+    windows = zip(range(0, count, at_once), validation.windows(at_once), strict=False)
+    texts = [batch[: count - at] for at, batch in windows]
     with state.averaged(), autocast(state.working, state.denoiser.device):
         found = inspection.validation(state.denoiser, run.algorithm, texts, run.seed, stop)
         state.ranks.rest(state.denoiser)

@@ -32,6 +32,7 @@ from esolm import checkpoint, objective, plain
 from esolm.algorithms import AR, BD3LM, Algorithm, EsoLM
 from esolm.algorithms.algorithm import Batch, Request
 from esolm.attention import PADDING, relation
+from esolm.choice import Choice, refuse, valid_of
 from esolm.denoiser import Config, Denoiser, angles
 from esolm.draw import Draw
 from esolm.inference import Network, prepared
@@ -81,6 +82,7 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
 
     config_class = EsoLMConfig
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # the library's Trainer divides by the steps that it accumulates: a loss is a mean here
 
     def __init__(self, config: EsoLMConfig) -> None:
         super().__init__(config)
@@ -123,7 +125,8 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         if input_ids is None:
             raise ValueError("give input_ids: this network reads tokens, not embeddings")
-        valid = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+        refuse("forward", unused)
+        valid = valid_of(input_ids, attention_mask)
         if labels is not None:
             out = MaskedLMOutput(loss=self._loss(input_ids, valid, labels, seed))
         elif stage is not None and public is not None:
@@ -154,7 +157,7 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         generation_config: Any = None,
         streamer: Any = None,
         pad_token_id: int | None = None,
-        eos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         dtype: Dtype = "auto",
         **others: Any,
     ) -> Tensor:
@@ -170,14 +173,13 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         and all before it are written, whatever the order of writing; then its end.
         ValueError for what cannot be done, for options that this method of writing does not have too.
         """
-        if unknown := sorted(name for name, value in others.items() if value not in (None, False)):
-            raise ValueError(f"generate has no {unknown[0]} for this model: leave it out")
-        chosen = _Choice(generation_config)
+        refuse("generate", others)
+        chosen = Choice(generation_config)
         ids = inputs if input_ids is None else input_ids
         if ids is None:
             raise ValueError("give input_ids: token ids [text, token], with masks where something is to be written")
-        valid = torch.ones_like(ids).bool() if attention_mask is None else attention_mask.bool()
-        end = chosen("eos_token_id", eos_token_id, self.config.end_id)
+        valid = valid_of(ids, attention_mask)
+        end = chosen.end(eos_token_id, self.config.end_id)
         sampled = chosen("do_sample", do_sample, False)
         draw = chosen.draw(temperature, top_k, top_p) if sampled else Draw(temperature=0.0)
         length, new = chosen("max_length", max_length, None), chosen("max_new_tokens", max_new_tokens, None)
@@ -186,6 +188,8 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         prompts = [
             row[seen].tolist() for row, seen in zip(ids, valid, strict=True) for _ in range(num_return_sequences)
         ]
+        if not prompts:
+            raise ValueError("there is nothing to write: give at least one prompt, and at least 1 num_return_sequences")
         requests = [
             self._request(prompt, new, seed_of(seed, number), draw, num_steps, alpha_0)
             for number, prompt in enumerate(prompts)
@@ -200,6 +204,10 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
         parts = [requests[at : at + _AT_ONCE] for at in range(0, len(requests), _AT_ONCE)]
         writers = (Writer(self._prepared(dtype), self.algorithm, part, end_id=end) for part in parts)
         return [text for writer in writers for text in _written(writer, streamer, end)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, also in another process, makes a writer of its own: one points into its process's memory."""
+        return {**self.__dict__, "_writer": None}
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """The network draws its first weights itself; what no file holds are its angles."""
@@ -274,25 +282,6 @@ class EsoLMForMaskedDiffusion(PreTrainedModel):  # type: ignore[no-untyped-call]
             plan = self.algorithm.plan(Request(length=self.denoiser.config.length), generator(0))
             self._writer = key, prepared(denoiser, dtype, rows=round(float(plan.rows_fed.mean())))
         return self._writer[1]
-
-
-class _Choice:
-    """An option: what was said in the call, else in a `GenerationConfig`, else the default."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = {} if config is None else config.to_dict()
-
-    def __call__(self, name: str, said: Any, default: Any) -> Any:
-        given = self._config.get(name) if said is None else said
-        return default if given is None else given
-
-    def draw(self, temperature: float | None, top_k: int | None, top_p: float | None) -> Draw:
-        """How tokens are drawn; the library's top_k of 0 keeps all."""
-        return Draw(
-            temperature=self("temperature", temperature, 1.0),
-            top_k=self("top_k", top_k, None) or None,
-            top_p=self("top_p", top_p, 1.0),
-        )
 
 
 def of(model: Model) -> tuple[EsoLMForMaskedDiffusion, PreTrainedTokenizerFast]:

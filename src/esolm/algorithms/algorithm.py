@@ -24,6 +24,7 @@ from esolm.draw import Draw
 from esolm.noise import Noise
 from esolm.order import Positions, Uniform
 from esolm.types import RowFlags, Rows, RowWeights, TextFlags, Texts
+from esolm.whole import whole
 
 Phase = Literal["diffusion", "sequential"]
 
@@ -77,7 +78,8 @@ class View:
 class Request:
     """A text to write: tokens given at positions, and how to write the rest. `None` leaves a choice to the algorithm.
 
-    `num_steps` counts diffusion steps (of each block, for BD3-LM); None is one token a step.
+    `num_steps` counts diffusion steps (of each block, for BD3-LM); None is one token a step. ValueError for
+    what cannot be.
     """
 
     length: int
@@ -90,6 +92,11 @@ class Request:
     stop_at_end: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("length", "num_steps", "seed"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, whole(name, getattr(self, name)))
+        given = [(whole("a given position", at), whole("a given token", token)) for at, token in self.given.items()]
+        object.__setattr__(self, "given", dict(given))
         if self.length < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
         if self.num_steps is not None and self.num_steps < 1:

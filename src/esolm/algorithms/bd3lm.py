@@ -107,7 +107,7 @@ class BD3LM(Algorithm):
             end = min(begin + self.block_size, request.length)
             given = fixed[(fixed >= begin) & (fixed < end)]
             block = free[(free >= begin) & (free < end)]
-            written, counts = request.positions.choose(block, 1.0, request.num_steps, rng)
+            written, counts = request.positions.chosen(block, 1.0, request.num_steps, rng, every=True)
             orders += [given, written]
             stops = begin + len(given) + np.cumsum(counts)
             steps += [(begin, stop - count, stop, end) for stop, count in zip(stops, counts, strict=True)]

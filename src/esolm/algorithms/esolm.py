@@ -213,7 +213,7 @@ class EsoLM(Algorithm):
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         alpha_0 = self.alpha_0 if request.alpha_0 is None else request.alpha_0
         LogLinear(alpha_0=alpha_0)
-        written, counts = request.positions.choose(request.free, alpha_0, request.num_steps, rng)
+        written, counts = request.positions.chosen(request.free, alpha_0, request.num_steps, rng)
         if self.variant == "A":
             written = _left_to_right_in_steps(written, counts)
         rest = np.setdiff1d(request.free, written)

@@ -81,7 +81,7 @@ class MDLM(Algorithm):
 
     def plan(self, request: Request, rng: np.random.Generator) -> Plan:
         refuse(self, request, alpha_0="it is 1 for it")
-        written, counts = request.positions.choose(request.free, 1.0, request.num_steps, rng)
+        written, counts = request.positions.chosen(request.free, 1.0, request.num_steps, rng, every=True)
         given, length = len(request.given), request.length
         stop = given + np.cumsum(counts)
         zeros = np.zeros(length, dtype=np.int64)

@@ -110,11 +110,11 @@ def run(call: Callable[[], None]) -> None:
 
 
 def _overview() -> str:
-    width = min(shutil.get_terminal_size().columns, 100)
+    width, column = min(shutil.get_terminal_size().columns, 100), max(map(len, _COMMANDS)) + 3
     lines = ["usage: esolm COMMAND [OPTIONS]", "", *textwrap.wrap(_DESCRIPTION, width), ""]
     for name, command in _COMMANDS.items():
-        told = textwrap.wrap(summary(command), width - 13)
-        lines += [f"  {name:<10} {told[0]}", *(" " * 13 + line for line in told[1:])]
+        told = textwrap.wrap(summary(command), width - column)
+        lines += [f"  {name}".ljust(column) + told[0], *(" " * column + line for line in told[1:])]
     return "\n".join([*lines, "", *textwrap.wrap(_SEE, width)])
 
 

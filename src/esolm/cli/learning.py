@@ -24,8 +24,7 @@ class Reading:
     """What it learns from."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DATA ...")] = ("shakespeare",)
-    """A text file, a folder, JSON lines, Parquet, hf:NAME, or shipped: "shakespeare", "kjv", both: "classics". Several
-    are a mixture."""
+    """A file, a folder, JSON lines, Parquet, hf:NAME, or shipped: shakespeare, kjv, classics (both). Several: mixed."""
     weights: Annotated[tuple[float, ...], tyro.conf.arg(metavar="WEIGHT ...", help_behavior_hint="")] = ()
     """Of a mixture: how often each of --data is learned from; left out, all alike."""
     pairs: Flag = False
@@ -278,6 +277,7 @@ def _learn(
     **how: Any,
 ) -> None:
     from esolm.ranks import device as device_of_rank
+    from esolm.sinks import plus_minus
     from esolm.train import train as run_training
 
     outcome = run_training(
@@ -300,7 +300,8 @@ def _learn(
     if not ranks.leads:
         return
     found = outcome.validation
-    told = f"; validation {found.nats_per_token:.3f} ± {found.standard_error:.3f} nats a token" if found else ""
+    figure = "" if found is None else plus_minus(found.nats_per_token, found.standard_error)
+    told = f"; validation {figure} nats a token" if figure else ""
     say(f"saved {outcome.path}{told}\nwrite with it: esolm sample {going.out}")
 
 

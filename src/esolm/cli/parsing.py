@@ -10,7 +10,9 @@ import inspect
 import io
 import itertools
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -43,6 +45,10 @@ def call_of(command: Callable[..., None], name: str, arguments: Sequence[str]) -
     def later(*values: object, **named: object) -> Callable[[], None]:
         return functools.partial(command, *values, **named)
 
+    # tyro would read the docstring of what is wrapped, and end a line of the help where that has ended one
+    del vars(later)["__wrapped__"]
+    vars(later)["__signature__"] = inspect.signature(command)
+    later.__doc__ = re.sub("\n {12,}", " ", command.__doc__ or "")
     prog = f"esolm {name}"
     if not {"-h", "--help"} & set(arguments):
         _refuse_unknown(command, prog, arguments)
@@ -66,7 +72,13 @@ def call_of(command: Callable[..., None], name: str, arguments: Sequence[str]) -
 def summary(command: Callable[..., None], *, whole: bool = False) -> str:
     """What a command's docstring says of it: its first paragraph, or all that stands before its arguments."""
     told = inspect.cleandoc(command.__doc__ or "").partition("\nArgs:")[0].strip()
-    return told.replace(":\n\n", ":\n") if whole else " ".join(told.partition("\n\n")[0].split())
+    first, _, rest = told.partition("\n\n")
+    first = " ".join(first.split())
+    if not whole:
+        return first
+    # tyro joins lines but those that are indented, and makes two of an empty line before such a one
+    first = textwrap.fill(first, shutil.get_terminal_size().columns, subsequent_indent="  ")
+    return f"{first}\n\n" + re.sub("\n\n(?= )", "\n", rest)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -90,7 +90,13 @@ def plot(
 
 
 _HEAD = ("run", "state", "step", "loss", "validation", "tokens/s", "time", "last line")
-_GIVEN_UP = ("tokens/s", "last line", "time")  # in this order, where the terminal is too narrow for all
+_GIVEN_UP = (
+    "tokens/s",
+    "last line",
+    "time",
+    "validation",
+    "loss",
+)  # in this order, where a terminal is too narrow
 _NARROWEST = 24  # of the first column, which folds
 
 
@@ -118,11 +124,11 @@ def _row(run: "History") -> list[Any]:
     from rich.text import Text
 
     from esolm.history import ago
-    from esolm.sinks import clock_time
+    from esolm.sinks import clock_time, plus_minus
 
     validation, error = run.last("validation"), run.last("validation_error")
     speed, seconds = run.last("tokens_per_second"), run.last("seconds")
-    shown = "" if validation is None else f"{validation:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    shown = "" if validation is None else plus_minus(validation, error)
     loss = run.last("loss")
     return [
         Text(str(run.folder)),
