@@ -239,6 +239,13 @@ def test_what_cannot_be_done_is_said(options, words):
         theirs.generate(tokenizer("abc", return_tensors="pt")["input_ids"], **options)
 
 
+def test_what_asks_for_nothing_else_is_taken():
+    theirs = of(model_of())[0]
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    plain = theirs.generate(ids, max_new_tokens=3, seed=1)
+    assert torch.equal(theirs.generate(ids, max_new_tokens=3, seed=1, num_beams=1, use_cache=True), plain)
+
+
 def test_a_prompt_without_a_batch_is_refused_and_so_is_what_forward_would_ignore():
     """Each token of a prompt `[token]` was a text of its own."""
     theirs = of(model_of())[0]

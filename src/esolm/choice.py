@@ -12,6 +12,9 @@ from esolm.draw import Draw
 from esolm.whole import whole
 
 
+HARMLESS = {"num_beams": 1, "use_cache": True, "repetition_penalty": 1.0, "length_penalty": 1.0}
+
+
 class Choice:
     """An option: what was said in the call, else in a `GenerationConfig`, else the default."""
 
@@ -40,8 +43,9 @@ class Choice:
 
 
 def refuse(what: str, options: Mapping[str, Any]) -> None:
-    """ValueError for options that would silently do nothing."""
-    if unknown := sorted(name for name, value in options.items() if value is not None and value is not False):
+    """ValueError for options that would silently do nothing, but not where they ask for nothing else."""
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    if unknown := sorted(name for name, value in given.items() if value != HARMLESS.get(name)):
         raise ValueError(f"{what} has no {unknown[0]} for this model: leave it out")
 
 
