@@ -1,8 +1,9 @@
 """The authors' numbers, case by case: logits, losses, likelihoods and cached sampling of networks with random weights.
 
 Every `<name>.json` in the folder `ESOLM_REFERENCE_DIR` (default: the copy beside this file) is tried with its
-companions `<name>.cases`, `<name>.bd3lm.cases` and `<name>.KIND.weights`. Sizes, shares and block sizes come from the
-files. A companion that is not there is said to be missing; a case that nobody here compares is an error.
+companions `<name>.cases`, `<name>.bd3lm.cases`, `<name>.KIND.weights` and `<name>.esolm.lightning.ckpt`. Sizes, shares
+and block sizes come from the files. A companion that is not there is said to be missing; a case or a network that
+nobody here compares is an error.
 """
 
 import json
@@ -17,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from esolm import checkpoint
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request, View
 from esolm.algorithms.algorithm import Batch
 from esolm.attention import relation
 from esolm.denoiser import Denoiser
-from esolm.importers import from_authors
+from esolm.importers import from_authors, import_model
 from esolm.objective import log_probabilities, weighted_cross_entropy
 from esolm.order import undo
 from esolm.sample import Writer
@@ -39,6 +41,7 @@ CASES = {  # what is compared below, by the test that does it
     "mdlm",
     "ar",
 }
+TRAINED = "esolm.lightning.ckpt"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def test_there_is_a_reference_to_match():
 def test_every_case_of_a_set_is_compared(reference):
     names = {name.removesuffix(".safetensors") for name in reference.files if name.endswith(".safetensors")}
     assert names <= {"cases", "bd3lm.cases", *(f"{kind}.weights" for kind in ("esolm", "mdlm", "ar", "bd3lm"))}
+    assert {name for name in reference.files if name.endswith(".ckpt")} <= {TRAINED}
     found = {name: set(reference.tensors(name)) - {"x0"} for name in reference.companions}
     assert any(found.values()), "there is nothing to compare"
     assert {key.rpartition(".")[0] for key in found.get("cases", ())} <= CASES
@@ -180,11 +184,12 @@ def nll_of(view: View, denoiser: Denoiser, rows=slice(None)):
 def assert_losses(view: View, denoiser: Denoiser, theirs, rows=slice(None)):
     """Losses over their weights: at t near 0 a weight is in the hundreds, and so would be the rounding of a loss.
 
-    Their weight is `1 / (1 - alpha_t)` in float32, which rounds `alpha_t`: near 1 that is more than 1e-5 of it.
+    Their weight is `1 / (1 - alpha_t)` in float32, which rounds `alpha_t`: of a loss over its weight that is as large a
+    part of the loss itself as one rounding.
     """
     weights = view.weights[:, rows].double()
     assert not bool(theirs[weights == 0].any())
-    rounding = 2.0**-23 * weights * theirs.abs() if view.term == "diffusion" else 0 * weights
+    rounding = 2.0**-23 * theirs.abs() if view.term == "diffusion" else 0 * weights
     follow, network = nll_of(view, denoiser, rows)
     exact = theirs.double() / weights.masked_fill(weights == 0, 1)
     near = (follow(network).double() - exact).abs() <= rounding
@@ -322,6 +327,21 @@ def test_folding_the_time_conditioning_is_exact(reference):
     assert_close(ours_normed + ours["blocks.0.norm1.bias"].double(), normed * (1 + scale) + shift, 1e-6)
     theirs_out = gate * (x @ source["blocks.0.attn_out.weight"].T)
     assert_close(x @ ours["blocks.0.out.weight"].double().T, theirs_out, 1e-6)
+
+
+def test_the_training_file_holds_the_networks_averaged_weights(reference, tmp_path):
+    if TRAINED not in reference.files:
+        pytest.skip(f"NOT COMPARED: there is no {reference.name}.{TRAINED} in {FOLDER}")
+    file = FOLDER / f"{reference.name}.{TRAINED}"
+    mean, raw = (import_model(file, tmp_path / kind, weights=kind) for kind in ("ema", "raw"))
+    denoiser = reference.network("esolm")
+    assert mean.network == raw.network == denoiser.config
+    assert mean.algorithm == raw.algorithm
+    assert mean.algorithm.alpha_0 == reference.algorithm(mean.algorithm.variant).alpha_0
+    expected, ours, last = denoiser.state_dict(), checkpoint.load(mean.path).model, checkpoint.load(raw.path).model
+    assert ours.keys() == last.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert not all(torch.equal(last[name], expected[name]) for name in expected)
 
 
 def test_epsilon_is_the_authors(reference):
