@@ -4,6 +4,11 @@ Every `<name>.json` in the folder `ESOLM_REFERENCE_DIR` (default: the copy besid
 companions `<name>.cases`, `<name>.bd3lm.cases`, `<name>.KIND.weights` and `<name>.esolm.lightning.ckpt`. Sizes, shares
 and block sizes come from the files. A companion that is not there is said to be missing; a case or a network that
 nobody here compares is an error.
+
+The two sets beside this file were made by running the authors' public code (s-sahoo/Eso-LMs, kuleshov-group/bd3lms) in
+float32 on a CPU with random weights: `a` with 4 heads, 2 layers, vocabulary 96, 3 texts of 32 tokens, both alpha_0 at
+0.5, blocks of 4 and 16; `b` with 1 head, 3 layers, vocabulary 13, 5 texts of 24, alpha_0 of 0.125 (A) and 0.75 (B),
+blocks of 1, 2 and the whole text, and lists in the settings of its training file.
 """
 
 import json
