@@ -96,7 +96,8 @@ def python_object(made, kind: str, **state):
 
 
 SETTINGS = {
-    "esolm": {"name": "esolm", "alpha_0": 0.25, "diffusion_attn_mode": "causal", "sequential_attn_mode": "causal"},
+    "esolm": {"name": "esolm", "alpha_0": 0.25, "diffusion_attn_mode": "causal", "sequential_attn_mode": "causal"}
+    | {"diffusion_shuffle": True},
     "mdlm": {"name": "mdlm", "loss_type": "elbo"},
     "ar": {"name": "ar", "prepend_token": "mask"},
     "bd3lm": {"name": "bd3lm", "cross_attn": True},
