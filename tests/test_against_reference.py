@@ -23,12 +23,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esolm import checkpoint
+from esolm import checkpoint, native
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request, View
 from esolm.algorithms.algorithm import Batch
 from esolm.attention import relation
 from esolm.denoiser import Denoiser
+from esolm.engine import Engine
 from esolm.importers import from_authors, import_model
+from esolm.inference import Inference
 from esolm.objective import log_probabilities, weighted_cross_entropy
 from esolm.order import undo
 from esolm.sample import Writer
@@ -248,6 +250,19 @@ def test_cached_sampling_with_given_tokens(reference):
         assert_logits(
             (lambda n, o=order, t=tokens: forced(n, o, t, reference), denoiser), case["logits"][which, :, :-1]
         )
+
+
+@pytest.mark.parametrize("kind", [Inference, Engine], ids=["torch", "compiled"])
+def test_cached_sampling_by_the_networks_that_only_write(reference, kind):
+    if kind is Engine and native.library() is None:
+        pytest.skip("no C compiler is here")
+    case, denoiser = reference.case("B.sampling"), reference.network("esolm")
+
+    def follow(network):
+        network = kind(network, "float32") if network is denoiser else network  # else the denoiser in float64
+        return forced(network, case["order"], case["tokens_sorted"], reference)
+
+    assert_close((follow, denoiser), case["logits"][..., :-1])
 
 
 @torch.inference_mode()
