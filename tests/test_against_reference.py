@@ -1,8 +1,14 @@
 """The authors' numbers, case by case: logits, losses, likelihoods and cached sampling of networks with random weights.
 
 Every `<name>.json` in the folder `ESOLM_REFERENCE_DIR` (default: the copy beside this file) is tried with its
-companions `<name>.cases`, `<name>.bd3lm.cases` and `<name>.KIND.weights`. Sizes, shares and block sizes come from the
-files. A companion that is not there is said to be missing; a case that nobody here compares is an error.
+companions `<name>.cases`, `<name>.bd3lm.cases`, `<name>.KIND.weights` and `<name>.esolm.lightning.ckpt`. Sizes, shares
+and block sizes come from the files. A companion that is not there is said to be missing; a case or a network that
+nobody here compares is an error.
+
+The two sets beside this file were made by running the authors' public code (s-sahoo/Eso-LMs, kuleshov-group/bd3lms) in
+float32 on a CPU with random weights: `a` with 4 heads, 2 layers, vocabulary 96, 3 texts of 32 tokens, both alpha_0 at
+0.5, blocks of 4 and 16; `b` with 1 head, 3 layers, vocabulary 13, 5 texts of 24, alpha_0 of 0.125 (A) and 0.75 (B),
+blocks of 1, 2 and the whole text, and lists in the settings of its training file.
 """
 
 import json
@@ -17,11 +23,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from esolm import checkpoint, native
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request, View
 from esolm.algorithms.algorithm import Batch
 from esolm.attention import relation
 from esolm.denoiser import Denoiser
-from esolm.importers import from_authors
+from esolm.engine import Engine
+from esolm.importers import from_authors, import_model
+from esolm.inference import Inference
 from esolm.objective import log_probabilities, weighted_cross_entropy
 from esolm.order import undo
 from esolm.sample import Writer
@@ -39,6 +48,7 @@ CASES = {  # what is compared below, by the test that does it
     "mdlm",
     "ar",
 }
+TRAINED = "esolm.lightning.ckpt"
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ def test_there_is_a_reference_to_match():
 def test_every_case_of_a_set_is_compared(reference):
     names = {name.removesuffix(".safetensors") for name in reference.files if name.endswith(".safetensors")}
     assert names <= {"cases", "bd3lm.cases", *(f"{kind}.weights" for kind in ("esolm", "mdlm", "ar", "bd3lm"))}
+    assert {name for name in reference.files if name.endswith(".ckpt")} <= {TRAINED}
     found = {name: set(reference.tensors(name)) - {"x0"} for name in reference.companions}
     assert any(found.values()), "there is nothing to compare"
     assert {key.rpartition(".")[0] for key in found.get("cases", ())} <= CASES
@@ -147,13 +158,14 @@ def assert_close(ours, theirs, within=CLOSE):
 
 def assert_logits(ours, theirs):
     """Close, and no further from the network in float64 than float32 is: in the mean they are one pass in float32, so
-    that a single weight that is 1e-3 off shows, though it may move no logit by 1e-5."""
+    that a single weight that is 1e-3 off shows, though it may move no logit by 1e-5. Nor are ours, by any network."""
     assert_close(ours, theirs)
     follow, network = ours
     if theirs.numel() >= ENOUGH:
         exact = follow(deepcopy(network).double()).double()
         ours32, theirs32 = ((x - exact).square().mean().sqrt() for x in (follow(network), theirs))
         assert theirs32 < 3 * ours32
+        assert ours32 < 3 * theirs32
 
 
 @torch.no_grad()
@@ -180,11 +192,12 @@ def nll_of(view: View, denoiser: Denoiser, rows=slice(None)):
 def assert_losses(view: View, denoiser: Denoiser, theirs, rows=slice(None)):
     """Losses over their weights: at t near 0 a weight is in the hundreds, and so would be the rounding of a loss.
 
-    Their weight is `1 / (1 - alpha_t)` in float32, which rounds `alpha_t`: near 1 that is more than 1e-5 of it.
+    Their weight is `1 / (1 - alpha_t)` in float32, which rounds `alpha_t`: of a loss over its weight that is as large a
+    part of the loss itself as one rounding.
     """
     weights = view.weights[:, rows].double()
     assert not bool(theirs[weights == 0].any())
-    rounding = 2.0**-23 * weights * theirs.abs() if view.term == "diffusion" else 0 * weights
+    rounding = 2.0**-23 * theirs.abs() if view.term == "diffusion" else 0 * weights
     follow, network = nll_of(view, denoiser, rows)
     exact = theirs.double() / weights.masked_fill(weights == 0, 1)
     near = (follow(network).double() - exact).abs() <= rounding
@@ -238,6 +251,19 @@ def test_cached_sampling_with_given_tokens(reference):
         assert_logits(
             (lambda n, o=order, t=tokens: forced(n, o, t, reference), denoiser), case["logits"][which, :, :-1]
         )
+
+
+@pytest.mark.parametrize("kind", [Inference, Engine], ids=["torch", "compiled"])
+def test_cached_sampling_by_the_networks_that_only_write(reference, kind):
+    if kind is Engine and native.library() is None:
+        pytest.skip("no C compiler is here")
+    case, denoiser = reference.case("B.sampling"), reference.network("esolm")
+
+    def follow(network):
+        network = kind(network, "float32") if network is denoiser else network  # else the denoiser in float64
+        return forced(network, case["order"], case["tokens_sorted"], reference)
+
+    assert_logits((follow, denoiser), case["logits"][..., :-1])
 
 
 @torch.inference_mode()
@@ -322,6 +348,21 @@ def test_folding_the_time_conditioning_is_exact(reference):
     assert_close(ours_normed + ours["blocks.0.norm1.bias"].double(), normed * (1 + scale) + shift, 1e-6)
     theirs_out = gate * (x @ source["blocks.0.attn_out.weight"].T)
     assert_close(x @ ours["blocks.0.out.weight"].double().T, theirs_out, 1e-6)
+
+
+def test_the_training_file_holds_the_networks_averaged_weights(reference, tmp_path):
+    if TRAINED not in reference.files:
+        pytest.skip(f"NOT COMPARED: there is no {reference.name}.{TRAINED} in {FOLDER}")
+    file = FOLDER / f"{reference.name}.{TRAINED}"
+    mean, raw = (import_model(file, tmp_path / kind, weights=kind) for kind in ("ema", "raw"))
+    denoiser = reference.network("esolm")
+    assert mean.network == raw.network == denoiser.config
+    assert mean.algorithm == raw.algorithm
+    assert mean.algorithm.alpha_0 == reference.algorithm(mean.algorithm.variant).alpha_0
+    expected, ours, last = denoiser.state_dict(), checkpoint.load(mean.path).model, checkpoint.load(raw.path).model
+    assert ours.keys() == last.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert not all(torch.equal(last[name], expected[name]) for name in expected)
 
 
 def test_epsilon_is_the_authors(reference):

@@ -113,6 +113,7 @@ def test_the_method_is_the_one_of_the_settings(tmp_path, algo, more, expected):
     _, mean = written(tmp_path / "file", algo=algo, more=more)
     found = import_model(tmp_path / "file", tmp_path / "run")
     assert ("ignore_bos" in found.told["changed"]) == ("ignore_bos" in algo)
+    assert ("masks shuffled" in found.told["changed"]) == (getattr(found.algorithm, "variant", None) == "A")
     assert found.algorithm == (expected or EsoLM(alpha_0=0.25, batch_split=0.75, low_variance=True))
     sizes = (found.network.width, found.network.layers, found.network.heads, found.network.length)
     assert sizes == (WIDTH, LAYERS, HEADS, LENGTH)

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -56,14 +57,19 @@ def stand_ins():
 
 
 def config_object(made, value, parent=None):
-    """An omegaconf object of plain data."""
-    node = made["DictConfig" if isinstance(value, dict) else "AnyNode"]()
-    node.__dict__["_metadata"] = made["ContainerMetadata" if isinstance(value, dict) else "Metadata"]()
+    """An omegaconf object of plain data, with the types that it notes of its own: a list's keys are of type int."""
+    node = made[{dict: "DictConfig", list: "ListConfig"}.get(type(value), "AnyNode")]()
+    node.__dict__["_metadata"] = made["ContainerMetadata" if isinstance(value, dict | list) else "Metadata"]()
     node.__dict__["_parent"] = parent
-    if isinstance(value, dict):
-        node.__dict__["_content"] = {key: config_object(made, part, node) for key, part in value.items()}
-    else:
-        node.__dict__["_val"] = value
+    match value:
+        case dict():
+            node.__dict__["_metadata"].__dict__.update(object_type=dict, key_type=Any, element_type=Any)
+            node.__dict__["_content"] = {key: config_object(made, part, node) for key, part in value.items()}
+        case list():
+            node.__dict__["_metadata"].__dict__.update(object_type=list, key_type=int, element_type=Any)
+            node.__dict__["_content"] = [config_object(made, part, node) for part in value]
+        case _:
+            node.__dict__["_val"] = value
     return node
 
 
@@ -90,7 +96,8 @@ def python_object(made, kind: str, **state):
 
 
 SETTINGS = {
-    "esolm": {"name": "esolm", "alpha_0": 0.25, "diffusion_attn_mode": "causal", "sequential_attn_mode": "causal"},
+    "esolm": {"name": "esolm", "alpha_0": 0.25, "diffusion_attn_mode": "causal", "sequential_attn_mode": "causal"}
+    | {"diffusion_shuffle": True},
     "mdlm": {"name": "mdlm", "loss_type": "elbo"},
     "ar": {"name": "ar", "prepend_token": "mask"},
     "bd3lm": {"name": "bd3lm", "cross_attn": True},
@@ -122,7 +129,9 @@ def written(
         if algo is not None:
             model = {"length": LENGTH, "n_heads": HEADS}
             data = {"tokenizer_name_or_path": "gpt2"}
-            hyper["config"] = config_object(made, {"algo": algo, "model": model, "data": data, **(more or {})})
+            wandb = {"tags": ["log-linear", algo.get("name")]}
+            every = {"algo": algo, "model": model, "data": data, "wandb": wandb, **(more or {})}
+            hyper["config"] = config_object(made, every)
         if tokenizer is not None:
             hyper["tokenizer"] = tokenizer_object(made, tokenizer, **(special or {}))
         if python is not None:

@@ -72,7 +72,7 @@ def read(data: bytes, builders: Mapping[str, Builder], persistent: Callable[[obj
 
 _TYPES = "bool bytearray bytes complex dict float frozenset int list object range set slice str tuple"
 _STANDARD = {  # of Python's own library; everything else in it is refused
-    "__builtin__": _TYPES,
+    "__builtin__": f"{_TYPES} long unicode xrange",  # int, str and range, as protocol 2 calls them
     "_codecs": "encode",
     "_operator": "getitem",  # Dict[str, Any]
     "argparse": "Namespace",
