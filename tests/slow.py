@@ -30,6 +30,8 @@ BLOCK = 2
 def algorithm(method: str, alpha_0: float = 0.5) -> Algorithm:
     """The package's own object for a method's name here."""
     fixed: dict[str, Algorithm] = {"AR": AR(), "MDLM": MDLM(), "BD3LM": BD3LM(block_size=BLOCK)}
+    if method == "A shuffled":
+        return EsoLM(variant="A", alpha_0=alpha_0, shuffle_masks=True)
     return fixed[method] if method in fixed else EsoLM(variant=method, alpha_0=alpha_0)
 
 
@@ -101,7 +103,7 @@ def _turned(x: Tensor, angle: Tensor) -> Tensor:
 
 
 class Slow:
-    """The conditionals of one method (`AR`, `MDLM`, `BD3LM`, `A` or `B`) over every text of a tiny vocabulary."""
+    """The conditionals of one method (AR, MDLM, BD3LM, A, `A shuffled` or B) over every text of a tiny vocabulary."""
 
     def __init__(self, method: str, denoiser: Denoiser) -> None:
         self.method, self.denoiser = method, denoiser
@@ -140,7 +142,7 @@ class Slow:
             rows = list(range((now + 1) * BLOCK))
             return rows, _held(rows, clean), [[k // BLOCK <= q // BLOCK for k in rows] for q in rows]
         rows = [*clean, *line, *masks]
-        both_ways = len(clean) if self.method == "A" else 0
+        both_ways = 0 if self.method == "B" else len(clean)
         reads = [[k <= q or max(k, q) < both_ways for k in range(len(rows))] for q in range(len(rows))]
         return rows, [*clean, *line, *(-1 for _ in masks)], reads
 
@@ -183,7 +185,7 @@ def steps_of(method: str, choice: tuple[int, ...], widths: tuple[int, ...]) -> I
     at = 0
     for width in widths:
         masks = choice[at : at + width]
-        yield "diffusion", masks if method == "B" else tuple(sorted(masks))
+        yield "diffusion", masks if method in ("B", "A shuffled") else tuple(sorted(masks))
         at += width
 
 

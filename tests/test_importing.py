@@ -99,6 +99,12 @@ def test_the_imported_reference_writes_and_is_scored(tmp_path, capsys):
         (
             SETTINGS["esolm"] | {"diffusion_attn_mode": "mixed2", "sequential_attn_mode": "mixed"},
             {},
+            EsoLM(variant="A", alpha_0=0.25, shuffle_masks=True),
+        ),
+        (
+            SETTINGS["esolm"]
+            | {"diffusion_attn_mode": "mixed2", "sequential_attn_mode": "mixed", "diffusion_shuffle": False},
+            {},
             EsoLM(variant="A", alpha_0=0.25),
         ),
         (SETTINGS["esolm"] | {"alpha_0": 1, "sequential_attn_mode": "mixed"}, {}, EsoLM(variant="B", alpha_0=1.0)),
@@ -113,7 +119,6 @@ def test_the_method_is_the_one_of_the_settings(tmp_path, algo, more, expected):
     _, mean = written(tmp_path / "file", algo=algo, more=more)
     found = import_model(tmp_path / "file", tmp_path / "run")
     assert ("ignore_bos" in found.told["changed"]) == ("ignore_bos" in algo)
-    assert ("masks shuffled" in found.told["changed"]) == (getattr(found.algorithm, "variant", None) == "A")
     assert found.algorithm == (expected or EsoLM(alpha_0=0.25, batch_split=0.75, low_variance=True))
     sizes = (found.network.width, found.network.layers, found.network.heads, found.network.length)
     assert sizes == (WIDTH, LAYERS, HEADS, LENGTH)

@@ -25,6 +25,7 @@ from slow import BLOCK, SMALLEST, Slow, algorithm, network, unchecked
 LENGTH = 4
 COPIES = 3000
 CASES = [("AR", 0.0), ("MDLM", 1.0), ("BD3LM", 1.0), *itertools.product("AB", (0.0, 0.5, 1.0))]
+CASES += [("A shuffled", 0.5), ("A shuffled", 1.0)]
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def _diffusion_term(reference: Slow, alpha_0: float, known: tuple[int, ...], fre
 
 def _orders(reference: Slow, positions: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The orders, all as likely, in which positions of a kind are shown: shuffled in (B) only."""
-    return list(itertools.permutations(positions)) if reference.method == "B" else [positions]
+    return list(itertools.permutations(positions)) if reference.method in ("B", "A shuffled") else [positions]
 
 
 def _weight_of_masks(method: str, alpha_0: float, masks: int, free: int) -> float:

@@ -211,6 +211,7 @@ def test_seeds_make_texts_differ():
         (lambda: Writer(DENOISER, MDLM(), [Request(length=4, alpha_0=0.5)]), "MDLM takes no alpha_0"),
         (lambda: BD3LM(block_size=0), "block_size must be at least 1"),
         (lambda: EsoLM(variant="C"), "variant must be A or B"),
+        (lambda: EsoLM(shuffle_masks=True), r"shuffle_masks is a choice of \(A\)"),
     ],
 )
 def test_what_cannot_be_written_is_refused_with_its_reason(make, message):

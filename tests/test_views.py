@@ -26,6 +26,7 @@ METHODS = st.one_of(
     st.builds(MDLM, low_variance=st.booleans()),
     st.builds(BD3LM, block_size=st.just(1)),
     st.builds(EsoLM, variant=st.sampled_from("AB"), alpha_0=SHARES, low_variance=st.booleans()),
+    st.builds(EsoLM, variant=st.just("A"), alpha_0=SHARES, shuffle_masks=st.just(True)),
 )
 
 

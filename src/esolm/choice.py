@@ -11,7 +11,6 @@ from torch import Tensor
 from esolm.draw import Draw
 from esolm.whole import whole
 
-
 HARMLESS = {"num_beams": 1, "use_cache": True, "repetition_penalty": 1.0, "length_penalty": 1.0}
 
 

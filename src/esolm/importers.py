@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from esolm import checkpoint, hub, plain, seal, theirs
-from esolm.algorithms import AR, Algorithm, EsoLM
+from esolm.algorithms import AR, Algorithm
 from esolm.archive import Archive, ArchiveError, Stored, open_archive
 from esolm.checkpoint import Checkpoint, CheckpointError
 from esolm.denoiser import Config
@@ -276,9 +276,6 @@ def _converted(
     known = _tokenizer(found, text, network.vocab_size)
     if found.settings.get("algo.ignore_bos") is True and not isinstance(algorithm, AR):
         notes.append("it learned with the first token of a text given (ignore_bos); here it is written like the others")
-    shuffled = found.settings.get("algo.diffusion_shuffle") is True
-    if shuffled and isinstance(algorithm, EsoLM) and algorithm.variant == "A":
-        notes.append("it learned diffusion with its masks shuffled (diffusion_shuffle); here they stand left to right")
     if isinstance(algorithm, AR):
         notes += _start(found, known, weights)
     algorithm.check(network)

@@ -117,7 +117,9 @@ def _esolm(settings: Settings, low_variance: bool) -> Algorithm | None:
         raise ValueError(f"attention of this kind ({told}) is neither Eso-LM (A) nor (B)")
     share = split if isinstance(split, float) and 0 < split < 1 else EsoLM.batch_split
     variant: Any = variants.pop()
-    return EsoLM(variant=variant, alpha_0=float(alpha_0), batch_split=share, low_variance=low_variance)
+    shuffled = variant == "A" and settings.get("algo.diffusion_shuffle") is True
+    options: dict[str, Any] = {"batch_split": share, "low_variance": low_variance, "shuffle_masks": shuffled}
+    return EsoLM(variant=variant, alpha_0=float(alpha_0), **options)
 
 
 def start_of_text(settings: Settings) -> str | None:

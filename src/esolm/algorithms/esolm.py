@@ -44,17 +44,22 @@ _TIMES, _MASKS, _ORDER = 0, 1, 2  # purposes of the noise
 @dataclass(frozen=True, kw_only=True)
 class EsoLM(Algorithm):
     """Eso-LM. `batch_split` is the share of a batch that goes to the diffusion term; `low_variance` drops the weight
-    of that term in training, never in the bound."""
+    of that term in training, never in the bound. `shuffle_masks`: in (A) diffusion's masks stand left to right as their
+    row of the drawing says, or in random order as in the authors' training scripts (`diffusion_shuffle`) and always in
+    (B)."""
 
     variant: Literal["A", "B"] = "B"
     alpha_0: float = 0.25
     batch_split: float = 0.5
     low_variance: bool = False
+    shuffle_masks: bool = False
 
     def __post_init__(self) -> None:
         LogLinear(alpha_0=self.alpha_0)
         if self.variant not in ("A", "B"):
             raise ValueError(f"variant must be A or B, got {self.variant!r}")
+        if self.shuffle_masks and self.variant == "B":
+            raise ValueError("shuffle_masks is a choice of (A): (B) always shuffles them, so leave it out")
         if not 0 < self.batch_split < 1:
             raise ValueError(f"batch_split must lie between 0 and 1, got {self.batch_split}")
 
@@ -142,10 +147,11 @@ class EsoLM(Algorithm):
         weighted: bool,
     ) -> View:
         """The diffusion term at times `t`: clean tokens, then masked ones, both shuffled in (B), in reading order in
-        (A)."""
+        (A) but for `shuffle_masks`."""
         schedule = LogLinear(alpha_0=self.alpha_0)
         masked = ~clean_tokens(batch, schedule.alpha(t), uniform)
-        order = _generation_order(batch, masked, clean_keys=self._keys(keys), masked_keys=self._keys(keys))
+        masked_keys = keys if self.shuffle_masks else self._keys(keys)
+        order = _generation_order(batch, masked, clean_keys=self._keys(keys), masked_keys=masked_keys)
         weight = schedule.weight(t) if weighted else torch.ones_like(t)
         return replace(self.diffusion_of(batch, masked, order, weight, mask_id), times=t)
 
@@ -214,7 +220,7 @@ class EsoLM(Algorithm):
         alpha_0 = self.alpha_0 if request.alpha_0 is None else request.alpha_0
         LogLinear(alpha_0=alpha_0)
         written, counts = request.positions.chosen(request.free, alpha_0, request.num_steps, rng)
-        if self.variant == "A":
+        if self.variant == "A" and not self.shuffle_masks:
             written = _left_to_right_in_steps(written, counts)
         rest = np.setdiff1d(request.free, written)
         stop = len(request.given) + np.cumsum(np.concatenate((counts, np.ones(len(rest), dtype=np.int64))))
