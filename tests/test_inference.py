@@ -84,11 +84,14 @@ def test_smaller_weights_give_near_logits(kind, shape, dtype):
     assert 0 < (near - exact).std() / exact.std() < TOLERANCES[dtype]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("width", [96, 264])
 def test_a_row_of_the_compiled_network_has_the_same_bits_in_any_company(dtype, width):
-    """Alone, among others of its text, among other texts of more and of fewer rows, with one thread and with two."""
-    network = made(Engine, denoiser(width=width, mlp_width=201, length=64), dtype)
+    check_company(made(Engine, denoiser(width=width, mlp_width=201, length=64), dtype))
+
+
+def check_company(network: Engine) -> None:
+    """A row alone, among others of its text, among other texts of more and of fewer rows, with one thread and two."""
     tokens = torch.randint(0, 49, (3, 40), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(40).expand(3, -1)
 
@@ -111,6 +114,40 @@ def test_a_row_of_the_compiled_network_has_the_same_bits_in_any_company(dtype, w
         assert torch.equal(hidden(slice(0, 3), 40), whole)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("flag", "lanes"), [("-mno-avx512f", 8), ("-mno-avx", 4)])
+def test_narrower_vectors_give_the_same_network(flag, lanes, monkeypatch, tmp_path):
+    """Processors without AVX-512, and without AVX, as far as this one can tell."""
+    if native.library() is None or native.library().lanes <= lanes:
+        pytest.skip("no wider vectors are here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "narrow").write_text(f'#!/bin/sh\nexec {os.environ.get("CC", "cc")} "$@" {flag}\n')
+    (tmp_path / "narrow").chmod(0o755)
+    monkeypatch.setenv("CC", str(tmp_path / "narrow"))
+    native.found.cache_clear()
+    try:
+        assert native.library().lanes == lanes
+        network = denoiser(width=96, mlp_width=201, length=64)
+        for dtype, tolerance in TOLERANCES.items():
+            engine = Engine(network, dtype)
+            exact, near = logits(network, cached=False), logits(engine, cached=True)
+            assert (near - exact).std() / exact.std() < tolerance, dtype
+            check_company(engine)
+    finally:
+        monkeypatch.undo()
+        native.found.cache_clear()
+
+
+def test_a_cache_of_another_network_is_refused():
+    network = made(Engine, denoiser(), "float16")
+    assert network.cache(1, 3).keys[0].dtype == torch.float16
+    rows = torch.zeros(1, 2, dtype=torch.int64)
+    for other in (denoiser(), made(Engine, denoiser(), "float32")):
+        cache = other.cache(1, 3)
+        cache.place(2)
+        with pytest.raises(ValueError, match="made for another network"):
+            network(rows, rows, Relation(), cache)
 
 
 def test_the_compiled_network_reads_no_memory_that_is_not_its_own():

@@ -39,6 +39,7 @@ class Engine:
         assert library is not None, "there is no compiler: ask `native.library` first"
         self._library, self.config, self.dtype = library, denoiser.config, dtype
         self.device = torch.device("cpu")
+        self._kept_dtype = torch.float32 if dtype == "float32" else torch.float16  # of keys and values
         self._lock = threading.Lock()  # of the buffers and the record below, which are used again and again
         self._kept: list[Tensor] = []  # what the operations point to
         self.products: list[Panels] = []
@@ -72,9 +73,10 @@ class Engine:
         _check(tokens, self.config.vocab_size, "id")
         _check(positions, self.config.length, "position")
         at, starts = _places(batch, rows) if who.counts is None else _ragged(rows, who.counts)
-        kept = cache or self._passing(batch, rows)
+        kept, lanes = cache or self._passing(batch, rows), self._library.lanes
+        if kept.keys[0].dtype != self._kept_dtype or kept.keys[0].shape[2] % lanes or kept.keys[0].shape[3] % lanes:
+            raise ValueError("this cache was made for another network: make it by this one's `cache`")
         keys, values, threads = _addresses(kept.keys), _addresses(kept.values), torch.get_num_threads()
-        lanes = self._library.lanes
         scores = torch.empty(threads * native.QUERIES * -(-kept.used // lanes) * lanes, **_FLOATS)
         slots = np.ascontiguousarray(kept.lengths, dtype=np.int64)
         mask = who.mask if who.mask is None or who.mask.stride(-1) == 1 else who.mask.contiguous()
@@ -123,8 +125,17 @@ class Engine:
         return drawn
 
     def cache(self, batch: int, capacity: int) -> Cache:
-        """As `Denoiser.cache`."""
-        return self.config.cache(batch, capacity, torch.float32, self.device)
+        """As `Denoiser.cache`, in whole vectors."""
+        config, lanes = self.config, self._library.lanes
+        return Cache(
+            layers=config.layers,
+            batch=batch,
+            kv_heads=config.num_kv_heads,
+            capacity=-(-capacity // lanes) * lanes,
+            dim=-(-config.dim // lanes) * lanes,
+            dtype=self._kept_dtype,
+            device=self.device,
+        )
 
     def _passing(self, batch: int, rows: int) -> Cache:
         """A cache for one pass that keeps nothing."""
@@ -162,19 +173,27 @@ class Engine:
         table = table_dtype(self.dtype)
         angles = self._keep(torch.stack((denoiser.cos, denoiser.sin), dim=1).float())
         embedding = self._keep(denoiser.embed.weight.detach().to(table))
-        kind = native.DTYPES[str(table).removeprefix("torch.")]
+        kind, kept = (native.DTYPES[str(which).removeprefix("torch.")] for which in (table, self._kept_dtype))
         ops = [Op(kind=native.EMBED, dtype=kind, outputs=config.width, target=_HIDDEN, weight=embedding.data_ptr())]
         for layer, block in enumerate(denoiser.blocks):
             assert isinstance(block, Block)
             norms = [self._keep(norm.weight.float()) for norm in (block.q_norm, block.k_norm)] if config.qk_norm else []
             q_norm, k_norm = (norm.data_ptr() for norm in norms) if norms else (None, None)
-            turn = Op(kind=native.ROTATE, layer=layer, source=_QKV, weight=angles.data_ptr(), scale=q_norm, bias=k_norm)
+            turn = Op(
+                kind=native.ROTATE,
+                dtype=kept,
+                layer=layer,
+                source=_QKV,
+                weight=angles.data_ptr(),
+                scale=q_norm,
+                bias=k_norm,
+            )
             flags = 0 if config.gated else native.GELU
             ops += [
                 self._norm(block.norm1),
                 self._product(block.qkv, _NORMED, _QKV),
                 turn,
-                Op(kind=native.ATTEND, layer=layer, source=_QKV, target=_MIXED),
+                Op(kind=native.ATTEND, dtype=kept, layer=layer, source=_QKV, target=_MIXED),
                 self._product(block.out, _MIXED, _HIDDEN, native.ADD),
                 self._norm(block.norm2),
                 self._product(block.up, _NORMED, _UP, flags),

@@ -31,7 +31,7 @@ typedef struct {
     const int64_t *at, *starts;                                     /* the place text * rows + row of each row; each text's first */
     const int64_t *tokens, *positions, *slots;                      /* [text, row] twice; the first slot of each text */
     const uint8_t *mask;
-    float *const *keys, *const *values;                             /* of each layer: [text, kv_head, capacity, dim] */
+    void *const *keys, *const *values;                              /* of each layer: [text, kv_head, capacity, dim], in whole vectors */
     float *const *buffers;                                          /* each [row of all, its width] */
     float *scores;                                                  /* [thread, QUERIES, used up to a whole vector] */
     double temperature;
@@ -40,6 +40,8 @@ typedef struct {
     int64_t *drawn;                                                 /* [row] */
 } Pass;
 
+static int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; } /* up to a whole vector */
+
 static void embed(const Op *op, const Pass *pass, int64_t row)
 {
     float *to = pass->buffers[op->to] + row * op->outputs;
@@ -47,7 +49,7 @@ static void embed(const Op *op, const Pass *pass, int64_t row)
     for (; i + LANES <= op->outputs; i += LANES) store(to + i, weights(op->dtype, op->weight, from + i));
     if (i < op->outputs) { /* what is behind the last row of the table is not ours to read */
         char last[4 * LANES] = {0};
-        size_t size = op->dtype == FLOAT32 ? 4 : 2;
+        size_t size = (size_t)size_of(op->dtype);
         memcpy(last, (const char *)op->weight + (size_t)(from + i) * size, (size_t)(op->outputs - i) * size);
         store_first(to + i, weights(op->dtype, last, 0), op->outputs - i);
     }
@@ -83,8 +85,8 @@ static void norm(const Op *op, const Pass *pass, int64_t row)
 /* Ask for the weights that a product comes to soon: those of one input. */
 INLINE void ask_weights(int dtype, const void *weight, int64_t at)
 {
-    int size = dtype == FLOAT32 || dtype == PAIRS ? 4 : dtype == INT8 ? 1 : 2;
-    for (int byte = 0; byte < size * PANEL; byte += LINE) ask_ahead((const char *)weight + at * size + byte);
+    const char *first = (const char *)weight + at * size_of(dtype);
+    for (int byte = 0; byte < size_of(dtype) * PANEL; byte += LINE) ask_ahead(first + byte);
 }
 
 /* Add to the sums [row][output] of a panel what `deep` of its inputs give `rows` rows, in the order of the inputs. */
@@ -98,8 +100,9 @@ INLINE void tile(int dtype, int rows, const void *weight, int64_t at, int64_t de
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; v++) {
             vec w = weights(dtype, weight, at + v * LANES);
+            keep_nothing();
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) total[r][v] = add_product(dtype, total[r][v], w, x[r * apart + k]);
+            for (int r = 0; r < rows; r++) total[r][v] = add_weighted(dtype, total[r][v], w, x[r * apart + k]);
         }
     }
     for (int r = 0; r < rows; r++)
@@ -196,11 +199,13 @@ static void turn(const Op *op, const Pass *pass, int64_t row)
         }
     }
     x -= kv * dim;
-    int64_t slot = pass->slots[text] + pass->at[row] % pass->rows;
+    int64_t slot = pass->slots[text] + pass->at[row] % pass->rows, deep = whole(dim);
     for (int64_t head = 0; head < kv; head++) {
-        int64_t at = ((text * kv + head) * pass->capacity + slot) * dim;
-        memcpy(pass->keys[op->layer] + at, x + head * dim, (size_t)dim * sizeof(float));
-        memcpy(pass->values[op->layer] + at, x + (kv + head) * dim, (size_t)dim * sizeof(float));
+        int64_t at = ((text * kv + head) * pass->capacity + slot) * deep;
+        for (int64_t i = 0; i < dim; i += LANES) {
+            put(op->dtype, pass->keys[op->layer], at + i, load_first(x + head * dim + i, dim - i));
+            put(op->dtype, pass->values[op->layer], at + i, load_first(x + (kv + head) * dim + i, dim - i));
+        }
     }
 }
 
@@ -208,35 +213,45 @@ typedef struct { /* one row's head: what it asks, which slots it reads, where it
     const float *q;
     const uint8_t *mask;
     int64_t count;
-    float *scores, *to;
+    float *scores, *to, total;
 } Query;
 
-INLINE int reads(const Query *query, int64_t slot) { return slot < query->count && (!query->mask || query->mask[slot]); }
+/* Scores of the slots from j on, -infinity where the query does not read. */
+INLINE vec where_read(const Query *query, int64_t j, vec scores)
+{
+    int64_t left = query->count - j;
+    if (query->mask) {
+        char last[LANES] = {0};
+        if (left < LANES) memcpy(last, query->mask + j, left > 0 ? (size_t)left : 0);
+        return pick(weights(INT8, left < LANES ? last : (const char *)query->mask + j, 0) > 0.0f, scores, (vec){0} - INFINITY);
+    }
+    for (int64_t lane = left > 0 ? left : 0; lane < LANES; lane++) scores[lane] = -INFINITY;
+    return scores;
+}
 
 /* Scores of `n` queries that share their keys: each key is read once for all of them. */
-INLINE void score(const Query *query, int n, const float *keys, int64_t dim, int64_t used)
+INLINE void score(int dtype, const Query *query, int n, const char *keys, int64_t dim, int64_t used)
 {
     float scale = 1.0f / sqrtf((float)dim);
-    for (int64_t j = 0; j < used; j++) {
-        if (!reads(query, j) && !reads(query + n - 1, j)) {
-            for (int r = 0; r < n; r++) query[r].scores[j] = -INFINITY;
-            continue;
+    for (int64_t j = 0, at = 0; j < used; j += LANES) {
+        float dots[QUERIES][LANES];
+        for (int lane = 0; lane < LANES; lane++) {
+            vec dot[QUERIES] = {0};
+            for (int64_t i = 0; i < dim; i += LANES, at += LANES) {
+                ask_ahead(keys + at * size_of(dtype));
+                vec k = weights(dtype, keys, at);
+                for (int r = 0; r < n; r++) dot[r] = add_product(dot[r], load_first(query[r].q + i, dim - i), k);
+            }
+            for (int r = 0; r < n; r++) dots[r][lane] = sum(dot[r]);
         }
-        vec dots[QUERIES] = {0};
-        for (int64_t i = 0; i < dim; i += LANES) {
-            ask_ahead(keys + j * dim + i);
-            vec k = load_first(keys + j * dim + i, dim - i);
-            for (int r = 0; r < n; r++) dots[r] += load_first(query[r].q + i, dim - i) * k;
-        }
-        for (int r = 0; r < n; r++) query[r].scores[j] = reads(query + r, j) ? sum(dots[r]) * scale : -INFINITY;
+        for (int r = 0; r < n; r++) store(query[r].scores + j, where_read(query + r, j, load(dots[r]) * scale));
     }
 }
 
-/* Scores to weights e^(score - the largest); their sum. */
-static float soften(float *scores, int64_t used)
+/* Scores to weights e^(score - the largest); their sum. Compiled once, for any number of queries. */
+static __attribute__((noinline)) float soften(float *scores, int64_t used)
 {
     vec most = (vec){0} - INFINITY, total = {0};
-    for (int64_t j = used; j % LANES; j++) scores[j] = -INFINITY;
     for (int64_t j = 0; j < used; j += LANES) most = larger(load(scores + j), most);
     float top = largest(most);
     if (top == -INFINITY) top = 0;
@@ -248,41 +263,45 @@ static float soften(float *scores, int64_t used)
     return sum(total);
 }
 
-/* Means of the values under the weights of `n` queries, CHUNK vectors of a value at a time. */
-INLINE void mix(const Query *query, int n, const float *values, int64_t dim, int64_t used, const float *whole)
+/* Means of the values under the weights of `n` queries: some vectors of them, from number `first` on. */
+INLINE void mix(int dtype, const Query *query, int n, const char *values, int64_t dim, int64_t used, int64_t first, int vecs)
 {
-    for (int64_t first = 0; first < dim; first += CHUNK * LANES) {
-        vec mean[QUERIES][CHUNK] = {{{0}}};
-        int64_t left = dim - first;
-        for (int64_t j = 0; j < used; j++)
-#pragma GCC unroll 8
-            for (int c = 0; c < CHUNK; c++) {
-                int64_t n_left = left - c * LANES;
-                if (n_left <= 0) break;
-                ask_ahead(values + j * dim + first + c * LANES);
-                vec v = load_first(values + j * dim + first + c * LANES, n_left);
-                for (int r = 0; r < n; r++) mean[r][c] += v * query[r].scores[j];
-            }
-        for (int r = 0; r < n; r++)
-            for (int c = 0; c < CHUNK && left > c * LANES; c++)
-                store_first(query[r].to + first + c * LANES, mean[r][c] / whole[r], left - c * LANES);
-    }
+    vec mean[QUERIES][CHUNK] = {{{0}}};
+    for (int64_t j = 0, at = first; j < used; j++, at += whole(dim))
+        for (int c = 0; c < vecs; c++) {
+            ask_ahead(values + (at + c * LANES) * size_of(dtype));
+            vec v = weights(dtype, values, at + c * LANES);
+            for (int r = 0; r < n; r++) mean[r][c] = add_product(mean[r][c], v, all(query[r].scores[j]));
+        }
+    for (int r = 0; r < n; r++)
+        for (int64_t c = 0, at = first; c < vecs; c++, at += LANES)
+            store_first(query[r].to + at, mean[r][c] / query[r].total, dim - at);
 }
 
-INLINE void answer(const Query *query, int n, const float *keys, const float *values, int64_t dim, int64_t used)
+INLINE void answer(int dtype, Query *query, int n, const char *keys, const char *values, int64_t dim, int64_t used)
 {
-    float whole[QUERIES];
-    score(query, n, keys, dim, used);
-    for (int r = 0; r < n; r++) whole[r] = soften(query[r].scores, used);
-    mix(query, n, values, dim, used, whole);
+    int64_t first = 0;
+    score(dtype, query, n, keys, dim, used);
+    for (int r = 0; r < n; r++) query[r].total = soften(query[r].scores, used);
+    for (; first + CHUNK * LANES <= dim; first += CHUNK * LANES) mix(dtype, query, n, values, dim, used, first, CHUNK);
+    for (; first < dim; first += LANES) mix(dtype, query, n, values, dim, used, first, 1);
+}
+
+static void answer_of(int dtype, Query *query, int n, const char *keys, const char *values, int64_t dim)
+{
+    int64_t used = query[n - 1].count; /* of rows in their order, so the most */
+    if (dtype == FLOAT32 && n == 1) answer(FLOAT32, query, 1, keys, values, dim, used);
+    else if (dtype == FLOAT32) answer(FLOAT32, query, QUERIES, keys, values, dim, used);
+    else if (n == 1) answer(FLOAT16, query, 1, keys, values, dim, used);
+    else answer(FLOAT16, query, QUERIES, keys, values, dim, used);
 }
 
 static void attend(const Op *op, const Pass *pass, int64_t chunk, int thread) /* a text's head of keys and values */
 {
     int64_t text = chunk / pass->kv_heads, head = chunk % pass->kv_heads, group = pass->heads / pass->kv_heads, dim = pass->dim;
-    const float *keys = pass->keys[op->layer] + chunk * pass->capacity * dim;
-    const float *values = pass->values[op->layer] + chunk * pass->capacity * dim;
-    int64_t wide = (pass->used + LANES - 1) / LANES * LANES, start = pass->starts[text];
+    int64_t first = chunk * pass->capacity * whole(dim) * size_of(op->dtype);
+    const char *keys = (const char *)pass->keys[op->layer] + first, *values = (const char *)pass->values[op->layer] + first;
+    int64_t wide = whole(pass->used), start = pass->starts[text], own = pass->slots[text] + pass->rows;
     int64_t queries = (pass->starts[text + 1] - start) * group;
     Query query[QUERIES];
     for (int64_t i = 0, n = 0; i < queries; i++) {
@@ -290,13 +309,12 @@ static void attend(const Op *op, const Pass *pass, int64_t chunk, int thread) /*
         query[n] = (Query){
             .q = pass->buffers[op->from] + (row * (pass->heads + 2 * pass->kv_heads) + h) * dim,
             .mask = pass->reads == MASKED ? pass->mask + text * pass->mask_text + r * pass->mask_row : NULL,
-            .count = pass->reads == CAUSAL ? r + 1 : pass->used,
+            .count = pass->reads == CAUSAL ? r + 1 : own,
             .scores = pass->scores + (thread * QUERIES + n) * wide,
             .to = pass->buffers[op->to] + (row * pass->heads + h) * dim,
         };
         if (++n < QUERIES && i + 1 < queries) continue;
-        if (n == QUERIES) answer(query, QUERIES, keys, values, dim, pass->used);
-        else answer(query, 1, keys, values, dim, pass->used);
+        answer_of(op->dtype, query, (int)n, keys, values, dim);
         n = 0;
     }
 }
@@ -312,13 +330,13 @@ static void gate(const Op *op, const Pass *pass, int64_t row) /* [gate | up] -> 
 }
 
 /* The largest of n logits over the temperature, and e^(each - it), zeros behind them. */
-static float weigh(const float *x, int64_t n, double temperature, float *w)
+INLINE float weigh(const float *x, int64_t n, double temperature, float *w)
 {
     vec most = (vec){0} - INFINITY;
+    float over = (float)(1 / temperature);
     for (int64_t i = 0; i < n; i += LANES) {
-        vec v = (vec){0} - INFINITY;
-        memcpy(&v, x + i, (size_t)(n - i < LANES ? n - i : LANES) * sizeof(float));
-        v /= (float)temperature;
+        vec v = load_first(x + i, n - i) * over;
+        for (int64_t lane = n - i; lane < LANES; lane++) v[lane] = -INFINITY;
         most = larger(v, most);
         store(w + i, v);
     }

@@ -37,6 +37,15 @@ INLINE void store(float *at, vec v) { *(any_vec *)at = v; }
 /* Ask for what is read soon. Into the second cache: the first waits for too few lines at once to keep memory busy. */
 INLINE void ask_ahead(const void *at) { __builtin_prefetch((const char *)at + AHEAD, 0, 2); }
 
+/* Let the compiler keep no number of memory in a register: AVX-512 multiplies by it as fast where it lies, and rows of a
+ * product that are kept beside their sums cost a tenth of its speed. Elsewhere it may keep them. */
+INLINE void keep_nothing(void)
+{
+#if defined(__AVX512F__)
+    __asm__ volatile("" ::: "memory");
+#endif
+}
+
 INLINE vec load_first(const float *at, int64_t n) /* the first n, zeros behind them */
 {
     if (n >= LANES) return load(at);
@@ -52,7 +61,13 @@ INLINE void store_first(float *at, vec v, int64_t n)
 }
 
 INLINE vec pick(ivec which, vec a, vec b) { return (vec)((which & (ivec)a) | (~which & (ivec)b)); }
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); } /* b where a is NaN */
+#if defined(__AVX512F__)
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); } /* b where one is NaN */
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); } /* b where one is NaN */
+INLINE vec smaller(vec a, vec b) { return pick(a < b, a, b); }
+#endif
 
 INLINE float largest(vec v)
 {
@@ -73,6 +88,8 @@ INLINE float sum(vec v)
     return (v[0] + v[2]) + (v[1] + v[3]);
 #endif
 }
+
+INLINE int size_of(int dtype) { return dtype == INT8 ? 1 : dtype == FLOAT16 || dtype == BFLOAT16 ? 2 : 4; }
 
 /* Weights of a dtype, from element `at` on, as floats. */
 INLINE vec weights(int dtype, const void *from, int64_t at)
@@ -98,13 +115,46 @@ INLINE vec weights(int dtype, const void *from, int64_t at)
 #endif
 }
 
+/* Floats to float32 or to the nearest float16, from element `at` on. */
+INLINE void put(int dtype, void *to, int64_t at, vec v)
+{
+    if (dtype == FLOAT32) return store((float *)to + at, v);
+    const vec most = (vec){0} + 65504.0f;
+    halves *two = (halves *)((uint16_t *)to + at);
+    v = larger(-most, smaller(most, v)); /* NaN stays NaN */
+#if defined(__AVX512F__)
+    *two = (halves)_mm512_cvtps_ph((__m512)v, 0);
+#elif defined(__AVX__) && defined(__F16C__)
+    *two = (halves)_mm256_cvtps_ph((__m256)v, 0);
+#else
+    ivec bits = (ivec)(v * 0x1p-112f), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    *two = __builtin_convertvector((bits + 0xfff + (bits >> 13 & 1)) >> 13 | sign, halves);
+#endif
+}
+
+INLINE vec all(float x) { return x - (vec){0}; }
+
+/* total + a b, rounded once where the processor can. By name: a compiler rounds twice in some loops, by their length, and
+ * then a row's bits would depend on its company. */
+INLINE vec add_product(vec total, vec a, vec b)
+{
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)total);
+#elif defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)total);
+#else
+    return total + a * b;
+#endif
+}
+
 /* total + w x; of words of PAIRS, both products of each. */
-INLINE vec add_product(int dtype, vec total, vec w, float x)
+INLINE vec add_weighted(int dtype, vec total, vec w, float x)
 {
 #if defined(__AVX512BF16__)
     if (dtype == PAIRS) return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)_mm512_set1_ps(x));
 #endif
-    return total + w * x;
+    return add_product(total, w, all(x));
 }
 
 /* The first n floats of a row, rounded, as n / 2 words of PAIRS; zeros behind them, up to a whole vector. */
@@ -121,7 +171,7 @@ INLINE vec exponential(vec x)
 {
     const vec magic = (vec){0} + 12582912.0f, low = (vec){0} - 87.0f, high = (vec){0} + 88.0f;
     ivec tiny = x < low;
-    x = pick(x > high, high, x);
+    x = smaller(high, x);
     vec shifted = x * 1.44269504f + magic, n = shifted - magic;
     vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec y = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r
