@@ -91,23 +91,35 @@ def test_a_row_of_the_compiled_network_has_the_same_bits_in_any_company(dtype, w
 
 
 def check_company(network: Engine) -> None:
-    """A row alone, among others of its text, among other texts of more and of fewer rows, with one thread and two."""
+    """A row alone, among others of its text, among other texts of more and of fewer rows, wanted with others and
+    without, with one thread and with two."""
     tokens = torch.randint(0, 49, (3, 40), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(40).expand(3, -1)
+    causal = np.tri(40, dtype=bool)
 
-    def hidden(text: slice, rows: int, counts: list[int] | None = None) -> torch.Tensor:
-        mask = torch.arange(rows) <= torch.arange(rows)[:, None]
-        who = Relation(
-            mask=mask.expand(len(tokens[text]), 1, -1, -1), counts=None if counts is None else np.array(counts)
-        )
+    def hidden(text: slice, rows: int) -> torch.Tensor:
+        who = Relation(mask=torch.from_numpy(causal[:rows, :rows]).expand(len(tokens[text]), 1, -1, -1))
         return network(tokens[text, :rows], positions[text, :rows], who)
+
+    def ragged(counts: list[int], first: int = 0) -> torch.Tensor:
+        """Of texts with so many rows, those from `first` on."""
+        real = np.arange(40) < np.array(counts)[:, None]
+        passes = network.passes(
+            network.cache(3, 40),
+            positions=positions.numpy()[None],
+            real=real[None],
+            wanted=(real & (np.arange(40) >= first))[None],
+            mask=np.broadcast_to(causal, (1, 3, 40, 40)),
+            kept=np.zeros((1, 3), dtype=np.int64),
+        )
+        return passes.hidden(0, tokens.numpy())
 
     whole = hidden(slice(0, 3), 40)
     assert torch.equal(network.logits(whole)[1, 7:8], network.logits(whole[1, 7:8]))
     for rows in (1, 2, 3, 4, 7, 16, 33):
         assert torch.equal(hidden(slice(1, 2), rows)[0], whole[1, :rows])
-        ragged = hidden(slice(0, 3), 40, [5, rows, 40])
-        assert torch.equal(ragged[1, :rows], whole[1, :rows]) and torch.equal(ragged[2], whole[2])
+        assert torch.equal(ragged([5, rows, 40]), torch.cat((whole[0, :5], whole[1, :rows], whole[2])))
+        assert torch.equal(ragged([5, rows, 40], first=3), torch.cat((whole[0, 3:5], whole[1, 3:rows], whole[2, 3:])))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
@@ -137,6 +149,14 @@ def test_narrower_vectors_give_the_same_network(flag, lanes, monkeypatch, tmp_pa
     finally:
         monkeypatch.undo()
         native.found.cache_clear()
+
+
+def test_a_cache_that_is_too_small_is_refused():
+    network = made(Engine, denoiser(), "float32")
+    one, mask = np.ones((1, 1, 17), dtype=bool), np.ones((1, 1, 17, 517), dtype=bool)
+    rows = {"positions": np.zeros(one.shape, dtype=np.int64), "real": one, "wanted": one, "mask": mask}
+    with pytest.raises(ValueError, match=r"the cache holds \d+ rows, 517 are needed"):
+        network.passes(network.cache(1, 17), kept=np.full((1, 1), 500), **rows)
 
 
 def test_a_cache_of_another_network_is_refused():

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from esolm import native
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM, Request
 from esolm.attention import Relation, attends
 from esolm.draw import Draw, draw_rows
+from esolm.engine import Engine
 from esolm.noise import generator
 from esolm.order import Interleaved, Positions
 from esolm.sample import Writer, complete, write
@@ -68,23 +70,35 @@ def from_scratch(denoiser, algorithm, request, step, tokens):
     return denoiser.logits(denoiser(rows[0], rows[1], who))[0, start : plan.stop[step]]
 
 
+def writing(denoiser, compiled: bool):
+    """The denoiser as it is, or compiled."""
+    if compiled and native.library() is None:
+        pytest.skip("no C compiler is here")
+    return Engine(denoiser, "float32") if compiled else denoiser
+
+
+each_kind = pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+
+
 @torch.inference_mode()
+@each_kind
 @pytest.mark.parametrize("denoiser", [DENOISER, GROUPED], ids=["plain", "grouped"])
 @METHODS
-def test_cached_logits_are_those_from_scratch(algorithm, denoiser):
+def test_cached_logits_are_those_from_scratch(algorithm, denoiser, compiled):
+    network = writing(denoiser, compiled)
     requests = requests_for(algorithm)
     plans = [algorithm.plan(request, generator(request.seed, 0)) for request in requests]
     known = [
         np.array([request.given.get(int(place), VOCAB - 1) for place in plan.order])
         for request, plan in zip(requests, plans, strict=True)
     ]
-    writer, rng, compared = Writer(denoiser, algorithm, requests), np.random.default_rng(0), 0
+    writer, rng, compared = Writer(network, algorithm, requests), np.random.default_rng(0), 0
     unfinished = [text for text, plan in enumerate(plans) if plan.num_steps]
     for step in itertools.count():
         if not writer.active:
             break
         hidden, row, rank = writer.evaluate()
-        logits = denoiser.logits(hidden)
+        logits = network.logits(hidden)
         tokens = rng.integers(0, VOCAB - 1, len(rank))
         for place, text in enumerate(unfinished):
             expected = from_scratch(denoiser, algorithm, requests[text], step, known[text])
@@ -99,14 +113,15 @@ def test_cached_logits_are_those_from_scratch(algorithm, denoiser):
         assert written.nfe == plans[text].num_steps
 
 
+@each_kind
 @METHODS
-def test_a_text_is_the_same_alone_and_in_any_company(algorithm):
-    requests = requests_for(algorithm)
-    together = [text.tokens.tolist() for text in complete(DENOISER, algorithm, requests)]
-    assert together == [complete(DENOISER, algorithm, [request])[0].tokens.tolist() for request in requests]
+def test_a_text_is_the_same_alone_and_in_any_company(algorithm, compiled):
+    network, requests = writing(DENOISER, compiled), requests_for(algorithm)
+    together = [text.tokens.tolist() for text in complete(network, algorithm, requests)]
+    assert together == [complete(network, algorithm, [request])[0].tokens.tolist() for request in requests]
     for seed in range(3):
         shuffled = np.random.default_rng(seed).permutation(len(requests))[: len(requests) - 5 * seed]
-        written = complete(DENOISER, algorithm, [requests[place] for place in shuffled])
+        written = complete(network, algorithm, [requests[place] for place in shuffled])
         assert [text.tokens.tolist() for text in written] == [together[place] for place in shuffled]
 
 

@@ -6,11 +6,10 @@ Every row of the network's input has a stage (when it is written) and is public 
 row is private and of stage `PADDING`, so that no other row reads it. It projects nothing and caches nothing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
@@ -30,7 +29,13 @@ def attends(
     k_public: Bool[Tensor, "batch key"],
 ) -> Bool[Tensor, "batch row key"]:
     """The rule, as a mask: True where row `q` reads row `k`."""
-    return _rule(q_stage[:, :, None], q_public[:, :, None], k_stage[:, None, :], k_public[:, None, :])
+    mask: Tensor = rule(q_stage[:, :, None], q_public[:, :, None], k_stage[:, None, :], k_public[:, None, :])
+    return mask
+
+
+def rule(q_stage: Any, q_public: Any, k_stage: Any, k_public: Any) -> Any:
+    """The rule for each pair of rows, of tensors or of arrays whose shapes broadcast."""
+    return (k_public & (k_stage < q_stage)) | ((k_stage == q_stage) & (k_public == q_public))
 
 
 def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
@@ -41,16 +46,12 @@ def picture(stage: Int64[Tensor, "row"], public: Bool[Tensor, "row"]) -> str:
 
 @dataclass(frozen=True)
 class Relation:
-    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask, tiles.
-
-    `counts`, if known: how many of each text's rows are real; what comes out for those behind them is never looked at.
-    """
+    """Who reads whom in one pass, in the form that a backend takes: everybody, causal, a mask, a block mask, tiles."""
 
     causal: bool = False
     mask: Bool[Tensor, "batch 1 row key"] | None = None
     blocks: Any = None
     tiles: tuple[Tile, ...] | None = None
-    counts: np.ndarray | None = field(default=None, compare=False)
 
     def reading(self, wanted: Bool[Tensor, "row"]) -> "Relation":
         """The same, with leave to skip what only unwanted rows read."""
@@ -91,7 +92,7 @@ def block_mask(stage: Int64[Tensor, "batch row"], public: Bool[Tensor, "batch ro
     batch, rows = stage.shape
     # a lambda, not a function: torch counts its parameters, which the shape checks of the tests would hide
     return create_block_mask(
-        lambda b, h, q, k: _rule(stage[b, q], public[b, q], stage[b, k], public[b, k]),
+        lambda b, h, q, k: rule(stage[b, q], public[b, q], stage[b, k], public[b, k]),
         batch,
         None,
         rows,
@@ -115,10 +116,6 @@ def attention(
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v)) if grouped else (k, v)
         return attend(q, k, v, who.tiles)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=who.mask, is_causal=who.causal, enable_gqa=grouped)
-
-
-def _rule(q_stage: Tensor, q_public: Tensor, k_stage: Tensor, k_public: Tensor) -> Tensor:
-    return (k_public & (k_stage < q_stage)) | ((k_stage == q_stage) & (k_public == q_public))
 
 
 @cache

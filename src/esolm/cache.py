@@ -30,10 +30,11 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (batch, kv_heads, capacity, dim)
         # zeros, not empty: nobody reads a free slot, but NaN times zero would still be NaN
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        shape = (2, layers, batch, kv_heads, capacity, dim)
+        self.keys: list[Tensor]  # of each layer
+        self.values: list[Tensor]
+        self.keys, self.values = (list(each.unbind()) for each in _zeros(shape, dtype, device))
         self.lengths = np.zeros(batch, dtype=np.int64)
         self._slots: Tensor | slice = slice(0, 0)
         self._used = 0
@@ -85,3 +86,12 @@ class Cache:
         index = torch.from_numpy(texts).to(self.keys[0].device)
         self.keys, self.values = [k[index] for k in self.keys], [v[index] for v in self.values]
         self.lengths = self.lengths[texts]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU not by torch's threads, which would then keep a core from the engine's for a while."""
+    memory = torch.empty(shape, dtype=dtype, device=device)
+    if device.type != "cpu":
+        return memory.zero_()
+    memory.view(torch.uint8).numpy().fill(0)
+    return memory

@@ -19,6 +19,7 @@ import torch
 from esolm import sample
 from esolm.algorithms import Algorithm, Request
 from esolm.calibrate import now
+from esolm.feed import Feed
 from esolm.inference import Network
 from esolm.noise import generator
 
@@ -57,7 +58,7 @@ class Standing(sample.Writer):
     It keeps what it has found for many steps at once, where that covers the step: to find it again wakes the threads of
     torch, which then keep a core from the engine's for the next evaluations."""
 
-    _known: sample._Feed | None = None
+    _known: Feed | None = None
     _share = 0.0  # seconds a step of finding it
 
     @property

@@ -1,7 +1,8 @@
 """A step of writing in one call of C: the library, compiled here once, and the two records that it takes.
 
     step.c          a list of operations over some rows, shared by a pool of threads
-    operations.h    embedding, norms, products, rotary places, attention, gates, a draw
+    operations.h    embedding, norms, products, rotary places, attention, gates
+    draw.h          a draw
     vectors.h       vectors as wide as the processor's, weights of any dtype
 
 The text is compiled at its first use, by the C compiler that is found (`CC`, cc, gcc, clang), for this processor, into
@@ -19,22 +20,22 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 _HERE = Path(__file__).parent
-_TEXTS = ("step.c", "operations.h", "vectors.h")
+_TEXTS = ("step.c", "draw.h", "operations.h", "vectors.h")
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-pthread")
 _PATIENCE = 120  # seconds that a compiler is given
 _LOG = logging.getLogger(__name__)
 
-EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SUM, FIND = range(8)  # kinds of operations
+EMBED, NORM, PRODUCT, ROTATE, TAKE, ATTEND, GATE, SUM, FIND = range(9)  # kinds of operations
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "pairs": 4}
-RMS, SPREAD, ADD, GELU = 1, 2, 1, 2  # flags: of a norm, of a product
-EVERYTHING, CAUSAL, MASKED = range(3)  # what a row reads
+RMS, ADD, GELU = 1, 1, 2  # flags: of a norm, of a product
+OUTSIDE = -2  # what `Library.run` gives for an id or a position that is not there
 PANEL, QUERIES, BLOCK = 32, 2, 512
 
 
@@ -43,18 +44,19 @@ class Op(ctypes.Structure):
 
     _fields_: ClassVar[Any] = [
         *((name, c_int32) for name in ("kind", "dtype", "flags", "layer", "inputs", "outputs", "source", "target")),
+        *((name, c_int32) for name in ("which", "unused")),
         *((name, c_void_p) for name in ("weight", "scale", "bias")),
     ]
 
 
 class Pass(ctypes.Structure):
-    """What the operations of one call work on."""
+    """What operations of a call work on."""
 
     _fields_: ClassVar[Any] = [
         *((name, c_int64) for name in ("batch", "rows", "count", "heads", "kv_heads", "dim")),
-        *((name, c_int64) for name in ("capacity", "used", "reads", "mask_text", "mask_row")),
+        *((name, c_int64) for name in ("capacity", "used", "mask_text", "mask_row")),
         ("epsilon", c_double),
-        *((name, c_void_p) for name in ("at", "starts", "tokens", "positions", "slots", "mask")),
+        *((name, c_void_p) for name in ("at", "starts", "taken", "tokens", "positions", "slots", "mask")),
         *((name, c_void_p) for name in ("keys", "values", "buffers", "scores")),
         ("temperature", c_double),
         *((name, c_void_p) for name in ("uniform", "sums", "drawn")),
@@ -63,12 +65,17 @@ class Pass(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """The compiled text. `run(ops, count, pass, threads)` is 0 unless there are too many operations."""
+    """The compiled text. `run(ops, count, passes, threads)` takes the address of the passes; it is 0, OUTSIDE, or -1
+    for too many operations."""
 
-    run: Callable[[ctypes.Array[Op], int, Pass, int], int]
+    run: Callable[[ctypes.Array[Op], int, int, int], int]
     advise: Callable[[int, int], None]  # that so many bytes from an address are read from front to back
     lanes: int  # floats in a vector
     pairs: bool  # does it multiply bfloat16 numbers two by two (AVX512 bf16)?
+
+    def whole(self, numbers: int) -> int:
+        """Up to a whole vector."""
+        return -(-numbers // self.lanes) * self.lanes
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def _sought() -> Found:
 
 def _loaded(path: Path) -> Library | None:
     made = ctypes.CDLL(str(path))
-    made.esolm_run.argtypes = [c_void_p, c_int, POINTER(Pass), c_int]
+    made.esolm_run.argtypes = [c_void_p, c_int, c_void_p, c_int]
     made.esolm_advise.argtypes = [c_void_p, c_size_t]
     made.esolm_advise.restype = None
     sizes = (c_int64 * 7)()

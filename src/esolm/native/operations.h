@@ -14,23 +14,24 @@
 
 enum { PANEL = 32, VECS = PANEL / LANES, QUERIES = 2, CHUNK = 4 };
 enum { DEEP = 128, GROUP = 48, BLOCK = 512 }; /* inputs and rows of a product taken together; ids summed in a draw */
-enum { EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SUM, FIND }; /* kinds of operations */
-enum { RMS = 1, SPREAD = 2, ADD = 1, GELU = 2 };     /* flags: of a norm, of a product */
-enum { EVERYTHING, CAUSAL, MASKED };                 /* what a row reads */
+enum { EMBED, NORM, PRODUCT, ROTATE, TAKE, ATTEND, GATE, SUM, FIND }; /* kinds of operations */
+enum { RMS = 1, ADD = 1, GELU = 2 };                 /* flags: of a norm, of a product */
 
 typedef struct {
     int32_t kind, dtype, flags, layer, inputs, outputs, from, to; /* `from` and `to` are numbers of buffers */
+    int32_t pass, unused;                                         /* on which of the passes of a call it works */
     const void *weight;
     const float *scale, *bias; /* NULL: none */
 } Op;
 
 typedef struct {
     int64_t batch, rows, count, heads, kv_heads, dim;               /* texts, places for rows of each, rows in all; heads */
-    int64_t capacity, used, reads, mask_text, mask_row;             /* slots; strides of the mask, in bytes */
+    int64_t capacity, used, mask_text, mask_row;                    /* slots; strides of the mask, in bytes */
     double epsilon;
     const int64_t *at, *starts;                                     /* the place text * rows + row of each row; each text's first */
+    const int64_t *taken;                                           /* which rows of the pass before these are */
     const int64_t *tokens, *positions, *slots;                      /* [text, row] twice; the first slot of each text */
-    const uint8_t *mask;
+    const uint8_t *mask;                                            /* [text, row, slot]: is it read? */
     void *const *keys, *const *values;                              /* of each layer: [text, kv_head, capacity, dim], in whole vectors */
     float *const *buffers;                                          /* each [row of all, its width] */
     float *scores;                                                  /* [thread, QUERIES, used up to a whole vector] */
@@ -78,8 +79,7 @@ INLINE void normalise(const float *from, float *to, int64_t n, const float *weig
 static void norm(const Op *op, const Pass *pass, int64_t row)
 {
     const float *from = pass->buffers[op->from] + row * op->outputs;
-    float *to = pass->buffers[op->to] + (op->flags & SPREAD ? pass->at[row] : row) * op->outputs; /* to the row's place */
-    normalise(from, to, op->outputs, op->weight, op->bias, op->flags & RMS, pass->epsilon);
+    normalise(from, pass->buffers[op->to] + row * op->outputs, op->outputs, op->weight, op->bias, op->flags & RMS, pass->epsilon);
 }
 
 /* Ask for the weights that a product comes to soon: those of one input. */
@@ -209,24 +209,27 @@ static void turn(const Op *op, const Pass *pass, int64_t row)
     }
 }
 
+/* A row of the pass before: those that nobody asked for are left behind. */
+static void take(const Op *op, const Pass *pass, int64_t row)
+{
+    const float *from = pass[-1].buffers[op->from] + pass->taken[row] * op->outputs;
+    memcpy(pass->buffers[op->to] + row * op->outputs, from, (size_t)op->outputs * sizeof(float));
+}
+
 typedef struct { /* one row's head: what it asks, which slots it reads, where its answer goes */
     const float *q;
     const uint8_t *mask;
-    int64_t count;
+    int64_t used; /* slots up to the last one that it reads */
     float *scores, *to, total;
 } Query;
 
 /* Scores of the slots from j on, -infinity where the query does not read. */
 INLINE vec where_read(const Query *query, int64_t j, vec scores)
 {
-    int64_t left = query->count - j;
-    if (query->mask) {
-        char last[LANES] = {0};
-        if (left < LANES) memcpy(last, query->mask + j, left > 0 ? (size_t)left : 0);
-        return pick(weights(INT8, left < LANES ? last : (const char *)query->mask + j, 0) > 0.0f, scores, (vec){0} - INFINITY);
-    }
-    for (int64_t lane = left > 0 ? left : 0; lane < LANES; lane++) scores[lane] = -INFINITY;
-    return scores;
+    char last[LANES] = {0}; /* what is behind the last slot is not ours to read */
+    if (j + LANES > query->used) memcpy(last, query->mask + j, (size_t)(query->used - j));
+    const void *mask = j + LANES > query->used ? last : (const char *)query->mask + j;
+    return pick(weights(INT8, mask, 0) > 0.0f, scores, (vec){0} - INFINITY);
 }
 
 /* Scores of `n` queries that share their keys: each key is read once for all of them. */
@@ -289,7 +292,9 @@ INLINE void answer(int dtype, Query *query, int n, const char *keys, const char 
 
 static void answer_of(int dtype, Query *query, int n, const char *keys, const char *values, int64_t dim)
 {
-    int64_t used = query[n - 1].count; /* of rows in their order, so the most */
+    int64_t used = 0;
+    for (int r = 0; r < n; r++) used = query[r].used > used ? query[r].used : used;
+    for (int r = 0; r < n; r++) query[r].used = used;
     if (dtype == FLOAT32 && n == 1) answer(FLOAT32, query, 1, keys, values, dim, used);
     else if (dtype == FLOAT32) answer(FLOAT32, query, QUERIES, keys, values, dim, used);
     else if (n == 1) answer(FLOAT16, query, 1, keys, values, dim, used);
@@ -301,15 +306,17 @@ static void attend(const Op *op, const Pass *pass, int64_t chunk, int thread) /*
     int64_t text = chunk / pass->kv_heads, head = chunk % pass->kv_heads, group = pass->heads / pass->kv_heads, dim = pass->dim;
     int64_t first = chunk * pass->capacity * whole(dim) * size_of(op->dtype);
     const char *keys = (const char *)pass->keys[op->layer] + first, *values = (const char *)pass->values[op->layer] + first;
-    int64_t wide = whole(pass->used), start = pass->starts[text], own = pass->slots[text] + pass->rows;
+    int64_t wide = whole(pass->used), start = pass->starts[text];
     int64_t queries = (pass->starts[text + 1] - start) * group;
     Query query[QUERIES];
     for (int64_t i = 0, n = 0; i < queries; i++) {
-        int64_t row = start + i / group, r = pass->at[row] % pass->rows, h = head * group + i % group;
+        int64_t row = start + i / group, r = pass->at[row] % pass->rows, h = head * group + i % group, used = pass->used;
+        const uint8_t *mask = pass->mask + text * pass->mask_text + r * pass->mask_row;
+        while (used && !mask[used - 1]) used--;
         query[n] = (Query){
             .q = pass->buffers[op->from] + (row * (pass->heads + 2 * pass->kv_heads) + h) * dim,
-            .mask = pass->reads == MASKED ? pass->mask + text * pass->mask_text + r * pass->mask_row : NULL,
-            .count = pass->reads == CAUSAL ? r + 1 : own,
+            .mask = mask,
+            .used = used,
             .scores = pass->scores + (thread * QUERIES + n) * wide,
             .to = pass->buffers[op->to] + (row * pass->heads + h) * dim,
         };
@@ -327,65 +334,4 @@ static void gate(const Op *op, const Pass *pass, int64_t row) /* [gate | up] -> 
         int64_t n = op->outputs - i;
         store_first(to + i, silu(load_first(x + i, n)) * load_first(x + op->outputs + i, n), n);
     }
-}
-
-/* The largest of n logits over the temperature, and e^(each - it), zeros behind them. */
-INLINE float weigh(const float *x, int64_t n, double temperature, float *w)
-{
-    vec most = (vec){0} - INFINITY;
-    float over = (float)(1 / temperature);
-    for (int64_t i = 0; i < n; i += LANES) {
-        vec v = load_first(x + i, n - i) * over;
-        for (int64_t lane = n - i; lane < LANES; lane++) v[lane] = -INFINITY;
-        most = larger(v, most);
-        store(w + i, v);
-    }
-    float top = largest(most);
-    for (int64_t i = 0; i < n; i += LANES) store(w + i, exponential(load(w + i) - (top == -INFINITY ? 0 : top)));
-    return top;
-}
-
-/* Ids of a row that may be drawn: all but the last, the mask. */
-static int64_t ids(const Op *op) { return op->outputs - 1; }
-static int64_t blocks_of(const Op *op) { return (ids(op) + BLOCK - 1) / BLOCK; }
-
-/* A draw, first half: of each block of ids the largest logit, and the sum of e^(logit - it). */
-static void add_up(const Op *op, const Pass *pass, int64_t item)
-{
-    int64_t blocks = blocks_of(op), first = item % blocks * BLOCK, n = ids(op) - first < BLOCK ? ids(op) - first : BLOCK;
-    float w[BLOCK];
-    double part[LANES] = {0}, *to = pass->sums + 2 * item;
-    to[0] = weigh(pass->buffers[op->from] + item / blocks * op->outputs + first, n, pass->temperature, w);
-    for (int64_t i = 0; i < n; i += LANES)
-        for (int j = 0; j < LANES; j++) part[j] += (double)w[i + j];
-    to[1] = 0;
-    for (int j = 0; j < LANES; j++) to[1] += part[j];
-}
-
-/* Second half: the block in which the cumulative sum exceeds the row's number, then the id; -1 if there is none. */
-static void find(const Op *op, const Pass *pass, int64_t row)
-{
-    int64_t blocks = blocks_of(op), block = 0, id = -1;
-    double *sums = pass->sums + 2 * blocks * row, top = -INFINITY, whole = 0, before = 0;
-    for (int64_t b = 0; b < blocks; b++) top = sums[2 * b] > top ? sums[2 * b] : top;
-    for (int64_t b = 0; b < blocks; b++) whole += sums[2 * b + 1] *= exp(sums[2 * b] - top);
-    pass->drawn[row] = -1;
-    if (!(whole > 0) || !(whole < INFINITY)) return;
-    double goal = pass->uniform[row] * whole;
-    for (int64_t b = 0; b < blocks; b++) {
-        if (sums[2 * b + 1] <= 0) continue;
-        if (id >= 0) before += sums[2 * block + 1];
-        block = b, id = b * BLOCK; /* the last block that has weight, should rounding pass over all */
-        if (before + sums[2 * b + 1] > goal) break;
-    }
-    int64_t first = id, n = ids(op) - first < BLOCK ? ids(op) - first : BLOCK;
-    float w[BLOCK];
-    weigh(pass->buffers[op->from] + row * op->outputs + first, n, pass->temperature, w);
-    double scale = exp(sums[2 * block] - top);
-    for (int64_t i = 0; i < n; i++) {
-        if (!(w[i] > 0)) continue;
-        id = first + i;
-        if ((before += (double)w[i] * scale) > goal) break;
-    }
-    pass->drawn[row] = id;
 }

@@ -11,14 +11,14 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 
-#include "operations.h"
+#include "draw.h"
 
 enum { CHUNKS_A_THREAD = 16, MOST_OPS = 1024, MOST_THREADS = 64, SPINS = 2000 };
 
 typedef struct { /* a pass at work; one of several, since a thread that sleeps in a finished one must delay nobody */
     _Atomic uint64_t state; /* number of the pass << 32 | OPEN | threads inside */
     const Op *ops;
-    const Pass *pass;
+    const Pass *passes;
     int count, threads;
     struct { _Atomic int64_t next, done; int64_t items, each, chunks, apart[3]; } part[MOST_OPS];
 } Job;
@@ -55,6 +55,7 @@ static void run_chunk(const Op *op, const Pass *pass, int64_t first, int64_t las
         case NORM: norm(op, pass, i); break;
         case PRODUCT: product(op, pass, i); break;
         case ROTATE: turn(op, pass, i); break;
+        case TAKE: take(op, pass, i); break;
         case ATTEND: attend(op, pass, i, thread); break;
         case GATE: gate(op, pass, i); break;
         case SUM: add_up(op, pass, i); break;
@@ -67,7 +68,8 @@ static void work(Job *job, int thread)
     for (int i = 0; i < job->count; i++) {
         int64_t chunks = job->part[i].chunks, each = job->part[i].each, items = job->part[i].items, mine;
         while ((mine = atomic_fetch_add(&job->part[i].next, 1)) < chunks) {
-            run_chunk(job->ops + i, job->pass, mine * each, (mine + 1) * each < items ? (mine + 1) * each : items, thread);
+            const Op *op = job->ops + i;
+            run_chunk(op, job->passes + op->pass, mine * each, (mine + 1) * each < items ? (mine + 1) * each : items, thread);
             atomic_fetch_add(&job->part[i].done, 1);
         }
         for (int spins = 0; atomic_load(&job->part[i].done) < chunks; spins++) rest(spins);
@@ -126,11 +128,22 @@ static void start_threads(int threads)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* Run the operations. 0, or -1 if there are too many of them or nobody's turn could be had. */
-int esolm_run(const Op *ops, int count, const Pass *pass, int threads)
+/* Does a row hold an id or a position that the network does not have? It would be looked up in other memory. */
+static int outside(const Op *op, const Pass *pass)
+{
+    const int64_t *numbers = op->kind == EMBED ? pass->tokens : op->kind == ROTATE ? pass->positions : NULL;
+    for (int64_t row = 0; numbers && row < pass->count; row++)
+        if (numbers[pass->at[row]] < 0 || numbers[pass->at[row]] >= op->inputs) return 1;
+    return 0;
+}
+
+/* Run the operations. 0; -1 if there are too many of them; -2 for an id or a position that is not there. */
+int esolm_run(const Op *ops, int count, const Pass *passes, int threads)
 {
     static uint64_t number;
     if (count < 1 || count > MOST_OPS || threads < 1) return -1;
+    for (int i = 0; i < count; i++)
+        if (outside(ops + i, passes + ops[i].pass)) return -2;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
     pthread_mutex_lock(&turn_lock); /* passes of several callers run one after the other */
     start_threads(threads);
@@ -139,9 +152,9 @@ int esolm_run(const Op *ops, int count, const Pass *pass, int threads)
         job = jobs + (job - jobs + 1) % (int)(sizeof jobs / sizeof *jobs);
         rest(spins);
     }
-    job->ops = ops, job->pass = pass, job->count = count, job->threads = threads;
+    job->ops = ops, job->passes = passes, job->count = count, job->threads = threads;
     for (int i = 0; i < count; i++) {
-        cut(ops + i, pass, threads, &job->part[i].items, &job->part[i].each);
+        cut(ops + i, passes + ops[i].pass, threads, &job->part[i].items, &job->part[i].each);
         job->part[i].chunks = (job->part[i].items + job->part[i].each - 1) / job->part[i].each;
         atomic_store(&job->part[i].next, 0), atomic_store(&job->part[i].done, 0);
     }
