@@ -100,7 +100,7 @@ INLINE void tile(int dtype, int rows, const void *weight, int64_t at, int64_t de
 #pragma GCC unroll 8
         for (int v = 0; v < VECS; v++) {
             vec w = weights(dtype, weight, at + v * LANES);
-            keep_nothing();
+            keep_nothing(dtype);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) total[r][v] = add_weighted(dtype, total[r][v], w, x[r * apart + k]);
         }

@@ -38,11 +38,11 @@ INLINE void store(float *at, vec v) { *(any_vec *)at = v; }
 INLINE void ask_ahead(const void *at) { __builtin_prefetch((const char *)at + AHEAD, 0, 2); }
 
 /* Let the compiler keep no number of memory in a register: AVX-512 multiplies by it as fast where it lies, and rows of a
- * product that are kept beside their sums cost a tenth of its speed. Elsewhere it may keep them. */
-INLINE void keep_nothing(void)
+ * product that are kept beside their sums cost a tenth of its speed. Elsewhere, and where PAIRS are multiplied, they do not. */
+INLINE void keep_nothing(int dtype)
 {
 #if defined(__AVX512F__)
-    __asm__ volatile("" ::: "memory");
+    if (dtype != PAIRS) __asm__ volatile("" ::: "memory");
 #endif
 }
 
