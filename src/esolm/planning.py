@@ -194,7 +194,8 @@ class Rehearsal:
         return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
     def of(self, micro_batch: int) -> Footprint:
-        """The bytes with micro batches of so many texts."""
+        """The bytes with micro batches of so many texts, or of a portion if that is smaller."""
+        micro_batch = min(micro_batch, self._portion(micro_batch))
         part = self._part(self._network) if self.sharded else 4 * self.parameters
         return Footprint(
             micro_batch=micro_batch,
