@@ -103,6 +103,28 @@ def test_an_update_equals_torchs_own_adamw() -> None:
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("shape", [(258,), (5, 7), (64, 24)])
+def test_parts_of_a_parameter_are_updated_as_the_whole_to_the_bit(shape: tuple[int, ...]) -> None:
+    """The kernel rounds the last numbers of a tensor otherwise, and a shard has other last ones."""
+    random = torch.Generator().manual_seed(0)
+    first, gradients = torch.randn(shape, generator=random), torch.randn(5, *shape, generator=random)
+
+    def updated(rows: slice) -> list[Tensor]:
+        model = nn.ParameterDict({"weight": nn.Parameter(first[rows].clone())})
+        optimizer = Optimizer(model, Config(schedule=Schedule(warmup=1)))
+        for gradient in gradients:
+            model["weight"].grad = gradient[rows].clone()
+            optimizer.update(3e-3)
+        state = optimizer.state()
+        return [model["weight"].detach(), state["exp_avg.weight"], state["exp_avg_sq.weight"]]
+
+    whole = updated(slice(None))
+    for size in (2, 3, 4, 64):
+        each = -(-shape[0] // size)
+        parts = [updated(slice(begin, begin + each)) for begin in range(0, shape[0], each)]
+        assert all(torch.equal(torch.cat(found), of_all) for *found, of_all in zip(*parts, whole, strict=True))
+
+
 def test_norms_biases_and_embeddings_are_not_decayed() -> None:
     model = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -51,7 +51,7 @@ def measured(run):
         state = State(run, None, torch.device("cpu"), None)
         for step in range(3):
             with autocast(state.working, state.denoiser.device):
-                learn(state.working, state.denoiser, Batch.of(tokens), step)
+                learn(state.working, state.denoiser, Batch.of(tokens), step, ranks=state.ranks)
             state.update(1e-4)
     live = most = 0
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -290,7 +290,7 @@ def test_the_command_tells_the_parts_and_the_largest_micro_batch(capsys):
     shown = capsys.readouterr().out
     main([*common, "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert "largest micro batch: 8 (all texts of a rank) (uses " in shown
+    assert "largest micro batch: 8 (no more texts are fed at once) (uses " in shown
     assert f"{told['best']['total'] / 1e9:.3f}" in shown
     assert (told["asked"]["micro_batch"], told["largest_micro_batch"]) == (2, 8)
 

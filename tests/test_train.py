@@ -19,6 +19,7 @@ from esolm.data import Loader
 from esolm.denoiser import Block, Config, Denoiser, _Dropout
 from esolm.optim import Config as Optim
 from esolm.optim import Schedule
+from esolm.state import portions
 from esolm.tokenizer import Tokenizer
 from esolm.tokenizing import tokenize, tokenize_pairs
 from esolm.train import Run, learn, train
@@ -222,12 +223,13 @@ def test_time_that_is_up_ends_a_run_and_saves(tmp_path, loader):
 @pytest.mark.parametrize(
     ("noted", "asked", "passes"),
     [
-        ({"micro_batch": 8, "began_on": 1}, None, [8]),
-        ({"micro_batch": 4, "began_on": 2}, None, [4, 4]),
-        ({"micro_batch": 3, "began_on": 3}, None, [2, 3, 3]),
-        ({"micro_batch": 1, "began_on": 1}, None, [1] * 8),  # memory had run out
-        ({"micro_batch": 4, "began_on": 2}, 2, [2] * 4),  # wanted on purpose
-        ({"micro_batch": None}, None, [8]),  # of a version that noted less
+        ({"micro_batch": 8, "portions": 1}, None, [8]),
+        ({"micro_batch": 4, "portions": 2}, None, [4, 4]),
+        ({"micro_batch": 3, "portions": 3}, None, [2, 3, 3]),
+        ({"micro_batch": 1, "portions": 1}, None, [1] * 8),  # memory had run out
+        ({"micro_batch": 4, "portions": 2}, 2, [2] * 4),  # wanted on purpose
+        ({"micro_batch": 4, "began_on": 2}, None, [4, 4]),  # of versions that noted less
+        ({"micro_batch": None}, None, [8]),
         ({"micro_batch": None, "ranks": 2}, None, [4, 4]),
     ],
 )
@@ -241,7 +243,31 @@ def test_a_resumed_run_feeds_no_more_at_once_than_it_began_with(tmp_path, loader
     assert [len(view.tokens) for view in seen] == passes
 
 
-@pytest.mark.parametrize("noted", [{"began_on": "two"}, {"began_on": True}, {"micro_batch": 0}])
+@pytest.mark.parametrize(
+    ("texts", "length", "micro", "ranks", "found"),
+    [
+        (8, 16, None, 1, 1),
+        (8, 16, 2, 1, 4),  # micro batches are that small anyway
+        (8, 16, 4, 1, 2),
+        (8, 16, 3, 1, 2),
+        (8, 16, 1, 2, 4),
+        (3, 16, 1, 1, 2),
+        (16, 128, None, 1, 2),  # 2,048 tokens
+        (32, 128, None, 1, 4),
+        (512, 128, None, 1, 4),
+        (512, 128, None, 2, 4),
+        (512, 128, None, 3, 6),
+        (512, 128, 1, 8, 8),
+        (2, 4096, None, 1, 2),  # no portion is without a text
+    ],
+)
+def test_a_batch_has_four_portions_where_they_are_large_or_micro_batches_are_small(texts, length, micro, ranks, found):
+    run = settings(batch_size=texts, micro_batch=micro, network=replace(NETWORK, length=length))
+    assert portions(run, ranks, torch.device("cpu")) == found
+    assert portions(run, ranks, torch.device("cuda")) == ranks
+
+
+@pytest.mark.parametrize("noted", [{"portions": "two"}, {"portions": True}, {"micro_batch": 0}])
 def test_what_is_no_count_in_a_checkpoint_is_told(tmp_path, loader, noted):
     saved = checkpoint.load(run_of(tmp_path / "run", loader, settings(num_steps=1)).path)
     checkpoint.save(tmp_path / "run", replace(saved, step=2, state={**saved.state, **noted}))

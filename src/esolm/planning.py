@@ -14,7 +14,7 @@ what the free share is for. `compile=true` is planned as if it were off. On a GP
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from esolm.noise import Noise
 from esolm.optim import Optimizer, WeightAverage
 from esolm.ranks import BUCKET
 from esolm.run import Run
-from esolm.state import in_bf16
+from esolm.state import in_bf16, portions
 
 GB = 1e9
 RESERVE = 0.1  # of the memory stays free
@@ -73,7 +73,7 @@ class Plan:
     sharded: bool
     device: str
     dtype: str
-    texts: int  # of a step, on the rank with the most
+    texts: int  # that a rank learns from at once, if no smaller micro batch is set
     asked: Footprint
     best: Footprint
     memory: float
@@ -163,7 +163,7 @@ class Rehearsal:
     def __init__(self, run: Run, ranks: int, device: str) -> None:
         self.run, self.ranks, self.device = run, ranks, device
         self.sharded = run.shard and ranks > 1
-        self.texts = -(-run.batch_size // ranks)
+        self.texts = self._portion(run.batch_size)
         # a GPU that is not here is taken for one of those that have bf16
         self.bf16 = run.dtype == "auto" if device == "cuda" and not torch.cuda.is_available() else False
         self.bf16 = self.bf16 or in_bf16(run, torch.device(device))
@@ -194,13 +194,13 @@ class Rehearsal:
         return sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
 
     def of(self, micro_batch: int) -> Footprint:
-        """The bytes with micro batches of so many texts."""
-        whole = 4 * self.parameters
-        part = self._part(self._network) if self.sharded else whole
+        """The bytes with micro batches of so many texts, or of a portion if that is smaller."""
+        micro_batch = min(micro_batch, self._portion(micro_batch))
+        part = self._part(self._network) if self.sharded else 4 * self.parameters
         return Footprint(
             micro_batch=micro_batch,
             weights=part,
-            gradients=self._gradients(micro_batch) if self.sharded else whole,
+            gradients=self._gradients(micro_batch) + 4 * self.parameters * self._held(micro_batch),
             moments=2 * part,
             average=part if self._kept == 4 else 0,
             gathered=self._gathered() if self.sharded else 0,
@@ -217,10 +217,24 @@ class Rehearsal:
         twice: as it travels, and unpacked."""
         return self._root + 3 * self._block // (2 if self.bf16 else 1)
 
+    def _portions(self, micro_batch: int) -> int:
+        """Of a batch, on each rank."""
+        run = replace(self.run, micro_batch=min(micro_batch, self.run.batch_size))
+        return portions(run, self.ranks, torch.device(self.device)) // self.ranks
+
+    def _portion(self, micro_batch: int) -> int:
+        """The texts of the largest portion."""
+        return -(-self.run.batch_size // (self.ranks * self._portions(micro_batch)))
+
+    def _held(self, micro_batch: int) -> int:
+        """The gradients that are kept whole while those of another portion are made (pairs.py)."""
+        return self._portions(micro_batch).bit_length() - 1
+
     def _gradients(self, micro_batch: int) -> int:
-        """Gradients travel to their parts after the last pass of a step: before, of several passes, all are whole."""
-        several = len(self._views(micro_batch)) > 1
-        return 4 * self.parameters if several else self._part(self._network) + self._root + self._block
+        """Those of a portion. In shards they go away to be summed after its last pass: before, of several passes, all
+        are whole."""
+        whole = not self.sharded or len(self._views(micro_batch)) > 1
+        return 4 * self.parameters if whole else self._part(self._network) + self._root + self._block
 
     @property
     def _block(self) -> int:
@@ -242,9 +256,10 @@ class Rehearsal:
         return passing if self.ranks == 1 else max(passing, self._summed())
 
     def _summed(self) -> int:
-        """What replicated ranks need to sum their gradients."""
+        """What replicated ranks need to sum their gradients; more than two swap halves."""
         largest = max(4 * p.numel() for p in self._network.parameters())
-        return min(4 * self.parameters, 4 * BUCKET + largest)
+        bucket = min(4 * self.parameters, 4 * BUCKET + largest)
+        return bucket if self.ranks == 2 else bucket * 3 // 2
 
     def _rehearsed(self, micro_batch: int) -> int:
         """The peak of a step above what is there before and after it."""
@@ -259,12 +274,11 @@ class Rehearsal:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                 for view in views:
                     _learn(network, view, fused)
-        gradients = self._gradients(micro_batch) if self.sharded else 4 * self.parameters
         del state, average, sent
-        return max(0, ledger.peak - before - gradients)
+        return max(0, ledger.peak - before - self._gradients(micro_batch))
 
     def _views(self, micro_batch: int) -> Sequence[View]:
-        """What the passes of a step show, two micro batches of them at most: gradients are there from the second on."""
+        """What the passes of a portion show, of two micro batches at most: from the second on there are gradients."""
         run, beyond = self.run, self.run.batch_size - micro_batch
         batch = Batch.of(torch.zeros(micro_batch, run.network.length, dtype=torch.int64))
         found = []
@@ -273,7 +287,7 @@ class Rehearsal:
             noise = Noise(seed=run.seed, step=draw, start=start, stop=start + micro_batch, total=run.batch_size)
             found.append(run.algorithm.views(batch, noise, run.network.mask_id))
         views = max(found, key=_fullness)
-        return views * 2 if micro_batch < self.texts else views
+        return views * 2 if micro_batch < self._portion(micro_batch) else views
 
 
 class _Sent:

@@ -10,9 +10,7 @@ the package says `torch.distributed`. There is no tensor or pipeline parallelism
 others wait: when one dies or does not answer, all end, and torchrun starts them again from the newest checkpoint.
 """
 
-import itertools
 import os
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from esolm.pairs import Pairs, total
+from esolm.pulse import Pulse
 
 PATIENCE = 1800.0  # seconds: while one rank reads the data or writes a checkpoint, the others wait
 ANSWER = 25.0  # seconds: inside a step; a rank that does not answer for so long is taken for dead
@@ -41,7 +42,8 @@ class Ranks:
     size: int = 1
     sharded: bool = False
     steps: Any = None  # the group in which ranks must answer soon; the default group is patient
-    portions: int = 1  # ranks whose work this one does, one after another, where a run began on more
+    portions: int = 1  # parts of this rank's rows whose gradients are made one after another (state.portions)
+    reducers: tuple["_Reducer", ...] = ()  # of the blocks of a network in shards
 
     @property
     def alone(self) -> bool:
@@ -59,7 +61,7 @@ class Ranks:
         return self.rank * total // self.size, (self.rank + 1) * total // self.size
 
     def acting(self) -> list["Ranks"]:
-        """The ranks, of as many as the run began on, whose rows together are this one's."""
+        """The ranks, if there were one for each portion of a batch, whose rows together are this one's."""
         size, first = self.size * self.portions, self.rank * self.portions
         return [replace(self, rank=first + each, size=size, portions=1) for each in range(self.portions)]
 
@@ -124,8 +126,6 @@ class Ranks:
         """Sum the gradients of a replicated network over ranks, the same bits on each. Those of shards are already."""
         if self.alone or self.sharded:
             return
-        import torch.distributed as dist
-
         bucket: list[Tensor] = []
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.agree(any(p.grad is not None for p in parameters)):
@@ -137,10 +137,36 @@ class Ranks:
             if sum(grad.numel() for grad in bucket) < BUCKET and place + 1 < len(parameters):
                 continue
             flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat, group=self.steps)
+            self._sum(flat)
             for grad, summed in zip(bucket, torch.split(flat, [grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(summed.view_as(grad))
             bucket = []
+
+    def _sum(self, flat: Tensor) -> None:
+        """Sum numbers over ranks in their place, and on a CPU in pairs of ranks: they swap halves, then each pair with
+        the next one halves of these halves, and so on; then back. As many numbers travel as in a ring."""
+        import torch.distributed as dist
+
+        if flat.is_cuda or self.size == 2 or self.size & (self.size - 1):  # two have one order; others have no pairs
+            dist.all_reduce(flat, group=self.steps)
+            return
+        kept, found = flat, torch.empty(len(flat) - len(flat) // 2)
+        swapped: list[tuple[int, Tensor, Tensor]] = []
+        for other in (self.rank ^ 1 << turn for turn in range(self.size.bit_length() - 1)):
+            low, high = kept[: len(kept) // 2], kept[len(kept) // 2 :]
+            kept, given = (low, high) if self.rank < other else (high, low)
+            self._swap(other, given, found[: len(kept)])
+            kept += found[: len(kept)]
+            swapped.append((other, kept, given))
+        for other, kept, given in reversed(swapped):
+            self._swap(other, kept, given)
+
+    def _swap(self, other: int, given: Tensor, found: Tensor) -> None:
+        import torch.distributed as dist
+
+        for message in (dist.isend(given, other, self.steps), dist.irecv(found, other, self.steps)):
+            assert message is not None
+            message.wait()
 
     def shard(
         self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None = None
@@ -158,15 +184,22 @@ class Ranks:
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
+        reducers: tuple[_Reducer, ...] = ()
         for part in (model, *blocks):
             part.set_gradient_divide_factor(1.0)  # type: ignore[operator]  # losses are divided already
             part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo knows no other
-        return replace(self, sharded=True)
+            if device.type == "cpu":
+                reducers = (*reducers, _Reducer())
+                part.set_custom_reduce_scatter(reducers[-1])  # type: ignore[operator]
+        return replace(self, sharded=True, reducers=reducers)
 
-    def accumulate(self, model: nn.Module, *, last: bool) -> None:
-        """Before a pass: gradients of a sharded network travel after the last one of a step only."""
+    def accumulate(self, model: nn.Module, *, ends: bool, last: bool) -> None:
+        """Before a pass, which `ends` a portion or is even the `last` of a step: gradients of a sharded network are set
+        apart after a portion, and travel after the last one."""
         if self.sharded:
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            for reducer in self.reducers:
+                reducer.last = last
+            model.set_requires_gradient_sync(ends if self.reducers else last)  # type: ignore[operator]
             model.set_is_last_backward(last)  # type: ignore[operator]
 
     def rest(self, model: nn.Module) -> None:
@@ -233,6 +266,29 @@ class Ranks:
 ALONE = Ranks()
 
 
+class _Reducer:
+    """What FSDP calls to sum a block's gradients over ranks: those of portions are added first, and travel once."""
+
+    def __init__(self) -> None:
+        self.last = True
+        self._portions = Pairs()
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> None:
+        import torch.distributed as dist
+
+        self._portions.give({"": input_tensor})
+        if not self.last:
+            output_tensor.zero_()
+            return
+        whole = self._portions.take()[""]
+        found = torch.empty_like(whole)
+        dist.all_to_all_single(found, whole, group=group)
+        output_tensor.copy_(total(found.chunk(dist.get_world_size(group))))
+
+
 class Agreed:
     """A flag that each rank may raise: true on all once it is on one. To ask is a message: all ask equally often."""
 
@@ -260,45 +316,6 @@ class Parts(Mapping[str, Tensor]):
         return len(self._whole)
 
 
-class _Pulse(threading.Thread):
-    """Tells the other ranks every second that this process runs, and ends it when one of them no longer tells.
-
-    A message that a rank waits for shows it that another died, and inside a step that another hangs. This shows it also
-    while it waits patiently; nothing else can end a wait from inside."""
-
-    def __init__(self, world: str, rank: int, size: int, answer: float) -> None:
-        super().__init__(daemon=True)
-        self._store = _store(timedelta(seconds=answer))  # not the process's: that one is held while it waits
-        self._rank, self._keys, self._answer = rank, [f"{world}/pulse/{each}" for each in range(size)], answer
-        self._over = threading.Event()
-        self._store.set(self._keys[rank], "0")
-
-    def run(self) -> None:
-        heard = dict.fromkeys(self._keys, (b"", time.monotonic()))
-        for beat in itertools.count():
-            if self._over.wait(min(1.0, self._answer / 4)):
-                return
-            try:
-                self._store.set(self._keys[self._rank], str(beat))
-                told = dict(zip(self._keys, self._store.multi_get(self._keys), strict=True))
-            except RuntimeError:  # also at the end, when the store has gone before this thread
-                if self._over.wait(2.0):
-                    return
-                self._end("torchrun or rank 0")
-            now = time.monotonic()
-            heard = {key: (word, now) if heard[key][0] != word else heard[key] for key, word in told.items()}
-            for rank, (_, since) in enumerate(heard.values()):
-                if now - since > self._answer:
-                    self._end(f"rank {rank}")
-
-    def stop(self) -> None:
-        self._over.set()
-
-    def _end(self, who: str) -> None:
-        os.write(2, f"esolm: rank {self._rank} stops: {who} does not answer\n".encode())
-        os._exit(1)
-
-
 @contextmanager
 def joined(*, answer: float = ANSWER) -> Iterator[Ranks]:
     """The ranks that torchrun started, connected while inside; alone where it did not.
@@ -319,7 +336,7 @@ def joined(*, answer: float = ANSWER) -> Iterator[Ranks]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store = dist.PrefixStore(world, store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-        pulse = _Pulse(world, rank, size, answer)
+        pulse = Pulse(_store(timedelta(seconds=answer)), world, rank, size, answer)
         try:
             dist.barrier()
             pulse.start()

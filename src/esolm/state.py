@@ -25,6 +25,9 @@ from esolm.ranks import ALONE, Parts, Ranks
 from esolm.run import Run, description
 from esolm.tokenizer import Tokenizer
 
+_PORTIONS = 4  # of a batch, or more where a run begins on more ranks
+_PORTION = 1024  # tokens
+
 
 class State:
     """The network, its optimizer and average, and the step; on every rank."""
@@ -42,7 +45,9 @@ class State:
         self.origin = dict(origin or {})
         bf16 = ranks.agree(in_bf16(run, device))  # machines of several kinds may differ in what pays
         # the run as this machine does it: its dtype, and the most texts that any rank ever learns from at once
-        rows = -(-run.batch_size // ranks.size)
+        self.portions = portions(run, ranks.size, device)
+        ranks = replace(ranks, portions=self.portions // ranks.size)
+        rows = -(-run.batch_size // self.portions)
         micro = min(rows, run.micro_batch or rows)
         self.working = replace(run, dtype="bfloat16" if bf16 else "float32", micro_batch=micro)
         self.denoiser = Denoiser(run.network, torch.Generator().manual_seed(run.seed))
@@ -57,7 +62,6 @@ class State:
         self.optimizer = Optimizer(self.denoiser, run.optim, self.ranks)
         decay = run.optim.average
         self.average = None if decay is None else WeightAverage(self.denoiser, decay, self.ranks)
-        self.began_on = ranks.size
         self.step = 0
         self.validation: float | None = None  # nats a token, when it was last measured
         self.bits_per_byte: float | None = None  # the same of the text's bytes
@@ -79,7 +83,7 @@ class State:
         if self.micro_batch == 1:
             raise memory.one_text_too_large(problem, self.denoiser.device) from None
         self.working = replace(self.working, micro_batch=self.micro_batch // 2)
-        self.began_on, self.ranks = self.ranks.size, replace(self.ranks, portions=1)
+        self.portions, self.ranks = self.ranks.size, replace(self.ranks, portions=1)
         if self.denoiser.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -124,7 +128,7 @@ class State:
                 "seconds": self.seconds,
                 "origin": self.origin,
                 "micro_batch": self.working.micro_batch,
-                "began_on": self.began_on,
+                "portions": self.portions,
                 "validation": self.validation,
                 "bits_per_byte": self.bits_per_byte,
             },
@@ -148,13 +152,13 @@ class State:
         self._before, self._since = float(saved.state["seconds"]), time.monotonic()
 
     def _share_out(self, saved: checkpoint.Checkpoint) -> None:
-        """Passes no larger than on the ranks that the run began on; fewer ranks do the work of several of those."""
+        """The passes of the ranks that the run began on: no larger, and its portions if they can be dealt out."""
         micro = _count(saved, "micro_batch", self.micro_batch)
         if saved.config["run"].get("micro_batch") == self.run.micro_batch:  # else another is wanted from now on
             self.working = replace(self.working, micro_batch=micro)
-        self.began_on = _count(saved, "began_on", _count(saved, "ranks", 1))
-        if self.began_on % self.ranks.size == 0:
-            self.ranks = replace(self.ranks, portions=self.began_on // self.ranks.size)
+        self.portions = _count(saved, "portions", _count(saved, "began_on", _count(saved, "ranks", 1)))
+        dealt = self.portions // self.ranks.size if self.portions % self.ranks.size == 0 else 1
+        self.ranks = replace(self.ranks, portions=dealt)
 
     def take_weights(self, path: Path) -> None:
         """Begin with the (averaged) weights of a checkpoint of the same network and tokenizer."""
@@ -177,6 +181,20 @@ class State:
             raise ValueError(f"weights of another network: {sorted(own.keys() ^ weights.keys())[0]} is in one only")
         for name, parameter in own.items():
             parameter.copy_(self.ranks.part(weights[name]))
+
+
+def portions(run: Run, size: int, device: torch.device) -> int:
+    """In how many portions the gradients of a batch are summed, by so many ranks or by others that go on with the run.
+
+    On a CPU at least four, so that one, two and four ranks do the same passes, where that takes no more time: portions
+    have 1,024 tokens (docs/log.md), or are micro batches anyway. On a GPU, which likes large passes, one a rank."""
+    found, micro = size, run.micro_batch or run.batch_size
+    while device.type == "cpu" and found < _PORTIONS:
+        texts = run.batch_size // (2 * found)
+        if texts < micro and texts * run.network.length < _PORTION:
+            break
+        found *= 2
+    return found
 
 
 def in_bf16(run: Run, device: torch.device) -> bool:

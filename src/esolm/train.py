@@ -11,8 +11,7 @@ Everything random is a function of (seed, step), so a resumed run is the same ru
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +26,7 @@ from esolm.denoiser import Denoiser
 from esolm.journal import Journal, Silent
 from esolm.noise import Noise, generator
 from esolm.optim import NotFinite
+from esolm.pairs import Pairs, taken
 from esolm.ranks import ALONE, Agreed, Ranks
 from esolm.run import Run as Run
 from esolm.run import description as description
@@ -194,35 +194,30 @@ def learn(
     terms = dict.fromkeys(tokens, 0.0)
     learned = [[view for view in portion if tokens[view.term]] for portion in portions]  # no mere prompts and padding
     passes = sum(map(len, learned))
-    if ranks.sharded:  # all ranks gather weights equally often
+    if ranks.sharded:  # all ranks gather weights equally often, and each portion has gradients
         idle = replace(views[0], weights=torch.zeros_like(views[0].weights))
+        learned = [portion or [idle] for portion in learned]
+        passes = sum(map(len, learned))
         learned[-1] += [idle] * (ranks.most(passes) - passes)
         passes = sum(map(len, learned))
+    sums = Pairs()
     for acting, portion in zip(ranks.acting(), learned, strict=True):
         key = (run.seed, step, _DROPOUT, acting.rank) if acting.rank else (run.seed, step, _DROPOUT)
         dropped = torch.Generator(device).manual_seed(int(generator(*key).integers(2**63)))
-        with _apart(model):
-            for view in portion:
-                passes -= 1
-                ranks.accumulate(model, last=not passes)
-                loss, weighted = objective.of_view(model, view.to(device), dropped)
-                loss = loss / (tokens[view.term] or 1)
-                loss.backward()  # type: ignore[no-untyped-call]
-                terms[view.term] += loss.item()
-                if levels is not None:
-                    levels.add(view, weighted)
+        for count, view in enumerate(portion, 1):
+            passes -= 1
+            ranks.accumulate(model, ends=count == len(portion), last=not passes)
+            loss, weighted = objective.of_view(model, view.to(device), dropped)
+            loss = loss / (tokens[view.term] or 1)
+            loss.backward()  # type: ignore[no-untyped-call]
+            terms[view.term] += loss.item()
+            if levels is not None:
+                levels.add(view, weighted)
+        if not ranks.sharded:  # else FSDP has them
+            sums.give(taken(model))
+    for parameter, gradient in sums.take().items():
+        parameter.grad = gradient
     return terms
-
-
-@contextmanager
-def _apart(model: Denoiser) -> Iterator[None]:
-    """Gradients made inside are summed by themselves and then added to those from before, as those of ranks are."""
-    before = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    for parameter, _ in before:
-        parameter.grad = None
-    yield
-    for parameter, grad in before:
-        parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
 
 
 def autocast(run: Run, device: torch.device) -> torch.autocast:
@@ -244,7 +239,7 @@ def _tokens_by_term(views: Sequence[View], ranks: Ranks) -> dict[str, float]:
 
 
 def _portions(run: Run, batch: Batch, step: int, ranks: Ranks) -> list[list[View]]:
-    """The views of a step, by the rank that would have them if there were as many as the run began on."""
+    """The views of a step, by portion of this rank's rows."""
     total = len(batch.tokens) if ranks.alone else run.batch_size
     first, acting = ranks.rows(total)[0], ranks.acting()
     rows = [each.rows(total) for each in acting]

@@ -62,7 +62,7 @@ def plan(
     out.print(f"{found.parameters:,} parameters; to write a text: {cache}{copy}", highlight=False)
     if (found.device, found.dtype) == ("cpu", "bfloat16"):
         out.print("bf16 on a CPU: what oneDNN keeps of its own is not counted; leave more free (--reserve)")
-    whole = " (all texts of a rank)" if found.best.micro_batch == found.texts else ""
+    whole = " (no more texts are fed at once)" if found.best.micro_batch == found.texts else ""
     used, of = found.best.total / 1e9, found.memory / 1e9
     out.print(f"largest micro batch: {found.best.micro_batch}{whole} (uses {used:.2f} of {of:.2f} GB)", highlight=False)
 
