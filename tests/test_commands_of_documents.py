@@ -36,7 +36,7 @@ LESS = {  # what makes a command of a page so small that a test can run it
     "family": "--workers 1",
     "frontier": "--num 2 --num-steps 2",
 }
-SHIPPED = {"classics": "books/", "shakespeare": "books/"}  # texts of megabytes
+SHIPPED = {"classics": "books/", "shakespeare": "books/", "smollm2": "runs/ar"}  # megabytes of text, and of a judge
 
 
 def commands(block: str, folder: str = "/") -> list[list[str]]:
