@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -138,7 +139,7 @@ def evaluate(
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows as a table for the terminal: those columns of `markdown` that fit into 80."""
-    shown = Table(title="likelihood", title_justify="left")
+    shown = Table(title="likelihood", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     wide = ("95 % of texts", "± draws")
     for label in _COLUMNS:
         if label not in wide:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -134,7 +135,7 @@ def measure(
 
 def table(points: Sequence[Point]) -> Table:
     """The points for the terminal, fastest first within a model."""
-    shown = Table(title="quality against time", title_justify="left")
+    shown = Table(title="quality against time", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for label in ("model", "alpha_0", "steps", "NFE", "s/text", "perplexity", "entropy", "MAUVE"):
         shown.add_column(label, justify="left" if label == "model" else "right", overflow="fold")
     for point in points:

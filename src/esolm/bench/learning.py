@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -115,22 +116,22 @@ def measure(
 
 def table(learning: Learning) -> Table:
     """The rows as a table for the terminal."""
-    shown = Table(title="speed of learning", title_justify="left")
-    for label in ("method", "alpha_0", "dtype"):
-        shown.add_column(label)
-    for label in ("ms/step", "range", "rows fed", "targets", "tokens/s", "GFLOP/s", "share of product", "times MDLM"):
-        shown.add_column(label, justify="right")
+    dtypes = " and ".join(dict.fromkeys(row.dtype for row in learning.rows))
+    title = f"speed of learning, {dtypes}; rows: fed; share: of a large product's rate"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for label in ("method", "alpha"):
+        shown.add_column(label, no_wrap=True)
+    for label in ("ms/step", "range", "rows", "targets", "tokens/s", "share", "/MDLM"):
+        shown.add_column(label, justify="right", no_wrap=True)
     for row in learning.rows:
         shown.add_row(
             row.method,
             "" if row.alpha_0 is None else f"{row.alpha_0:g}",
-            row.dtype,
             f"{1e3 * row.seconds:,.0f}",
             f"{1e3 * row.fastest:,.0f}-{1e3 * row.slowest:,.0f}",
             f"{row.work.fed:,.0f}",
             f"{row.work.targets:,.0f}",
             f"{row.tokens_per_second:,.0f}",
-            f"{row.work.flops / row.seconds / 1e9:,.0f}",
             f"{row.share:.0%}",
             f"{row.times_mdlm:.2f}",
         )
