@@ -90,16 +90,16 @@ def compare(worlds: Worlds, half: int, began_on: int, sizes: list[int], **change
 
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [([1, 4], {"network": {"dropout": 0.1}}), ([1, 2, 4], {"shard": True})],
+    [([1, 4], {"network": {"dropout": 0.1}, "micro_batch": 2}), ([1, 2, 4], {"shard": True})],
     ids=["replicated", "shards"],
 )
 def test_ranks_that_share_the_four_portions_of_a_batch_are_the_same_run_bit_for_bit(worlds, sizes, options):
     """Passes, sums, norms and what dropout drops are the same: nothing is rounded in another way."""
-    assert compare(worlds, 3, 2, sizes, micro_batch=2, **options) == dict.fromkeys(sizes, 0.0)
+    assert compare(worlds, 3, 2, sizes, **options) == dict.fromkeys(sizes, 0.0)
 
 
-def test_four_ranks_with_the_portions_of_two_pass_fewer_texts_at_once_and_round_otherwise(worlds):
-    assert 0.0 < compare(worlds, 3, 2, [4])[4] < 1e-6
+def test_two_ranks_with_the_portion_of_one_pass_fewer_texts_at_once_and_round_otherwise(worlds):
+    assert 0.0 < compare(worlds, 3, 1, [2])[2] < 1e-6
 
 
 LARGE = {"batch_size": 256}  # 4,096 tokens: four portions, if nothing is said
@@ -112,7 +112,7 @@ SAID = {"micro_batch": 2}  # of 8 texts
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "shards"])
 @pytest.mark.parametrize(
     ("began_on", "options"),
-    [(2, LARGE), (4, SAID), (1, SAID), (2, SAID)],
+    [(2, LARGE), (4, {}), (1, SAID), (2, {})],
     ids=["2 ranks, large", "4 ranks", "1 rank", "2 ranks"],
 )
 def test_twenty_steps_and_twenty_on_one_two_and_four_ranks(worlds, began_on, options, shard, seed):
@@ -125,8 +125,8 @@ def test_twenty_steps_and_twenty_on_one_two_and_four_ranks(worlds, began_on, opt
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("shard", [False, True], ids=["replicated", "shards"])
 def test_portions_that_cannot_be_dealt_out_change_rounding_only(worlds, shard):
-    """Two portions, of small batches, on four ranks: by chance above what section 5 of the checks asks for."""
-    found = [compare(worlds, 20, 2, [4], shard=shard, seed=seed)[4] for seed in range(4)]
+    """Two portions, as large micro batches of a small batch have it, on four ranks: by chance above 1e-6."""
+    found = [compare(worlds, 20, 2, [4], shard=shard, seed=seed, micro_batch=4)[4] for seed in range(4)]
     print(f"{'shards' if shard else 'replicated'}, two portions, 2 ranks then 4: furthest {found}")
     assert all(0.0 < distance < 1e-4 for distance in found)
 

@@ -186,12 +186,14 @@ class State:
 def portions(run: Run, size: int, device: torch.device) -> int:
     """In how many portions the gradients of a batch are summed, by so many ranks or by others that go on with the run.
 
-    On a CPU at least four, so that one, two and four ranks do the same passes, where that takes no more time: portions
-    have 1,024 tokens (docs/log.md), or are micro batches anyway. On a GPU, which likes large passes, one a rank."""
+    On a CPU at least four, so that one, two and four ranks do the same passes: for a process alone, or where a micro
+    batch is asked for, only if that takes no more time, so that portions have 1,024 tokens (docs/log.md) or are micro
+    batches anyway. On a GPU, which likes large passes, one a rank."""
     found, micro = size, run.micro_batch or run.batch_size
+    sparing = size == 1 or run.micro_batch is not None
     while device.type == "cpu" and found < _PORTIONS:
         texts = run.batch_size // (2 * found)
-        if texts < micro and texts * run.network.length < _PORTION:
+        if not texts or (sparing and texts < micro and texts * run.network.length < _PORTION):
             break
         found *= 2
     return found
