@@ -84,7 +84,7 @@ SPOILED = {
 
 def is_found_on_all(worlds: Worlds, name: str, what: str, shard: bool, at: list[int]) -> None:
     """Each of `at` is skipped by both ranks. A weight stays as it is: both end at the third skip, nothing is saved."""
-    codes = worlds.codes(name, 2, what=what, shard=shard, at=at, num_steps=max(at) + 3, save_every=1000)
+    codes = worlds.codes(name, 2, what=what, shard=shard, at=at, num_steps=max(at) + 3, save_every=1000, micro_batch=4)
     told = warnings(worlds.folder / name)
     assert all(text.startswith(f"update skipped: {SPOILED[what]}") for _, text in told)
     if what == "weight":
@@ -137,8 +137,8 @@ def test_ranks_agree_at_random_steps(worlds):
 
 
 def test_memory_that_one_rank_lacks_makes_the_micro_batches_of_all_smaller(worlds):
-    assert worlds.codes("plenty", 2) == [0, 0]
-    assert worlds.codes("lacking", 2, what="memory", at=[3]) == [0, 0]
+    assert worlds.codes("plenty", 2, micro_batch=4) == [0, 0]
+    assert worlds.codes("lacking", 2, what="memory", at=[3], micro_batch=4) == [0, 0]
     found = warnings(worlds.folder / "lacking")
     assert len(found) == 1 and found[0][1].startswith("out of memory: going on with micro batches of 2")
     assert losses(worlds.folder / "lacking") == pytest.approx(losses(worlds.folder / "plenty"), abs=1e-6)
