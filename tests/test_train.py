@@ -255,8 +255,8 @@ def test_a_resumed_run_feeds_no_more_at_once_than_it_began_with(tmp_path, loader
         (8, 16, None, 2, 4),  # ranks may become more or fewer
         (3, 16, None, 2, 2),
         (3, 16, 1, 1, 2),
-        (16, 128, None, 1, 2),  # 2,048 tokens
-        (32, 128, None, 1, 4),
+        (64, 128, None, 1, 2),  # 8,192 tokens
+        (32, 128, None, 1, 1),
         (512, 128, None, 1, 4),
         (512, 128, None, 2, 4),
         (512, 128, None, 3, 6),

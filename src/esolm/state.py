@@ -26,7 +26,7 @@ from esolm.run import Run, description
 from esolm.tokenizer import Tokenizer
 
 _PORTIONS = 4  # of a batch, or more where a run begins on more ranks
-_PORTION = 1024  # tokens
+_PORTION = 4096  # tokens
 
 
 class State:
@@ -187,7 +187,7 @@ def portions(run: Run, size: int, device: torch.device) -> int:
     """In how many portions the gradients of a batch are summed, by so many ranks or by others that go on with the run.
 
     On a CPU at least four, so that one, two and four ranks do the same passes: for a process alone, or where a micro
-    batch is asked for, only if that takes no more time, so that portions have 1,024 tokens (docs/log.md) or are micro
+    batch is asked for, only if that takes no more time, so that portions have 4,096 tokens (docs/log.md) or are micro
     batches anyway. On a GPU, which likes large passes, one a rank."""
     found, micro = size, run.micro_batch or run.batch_size
     sparing = size == 1 or run.micro_batch is not None
