@@ -11,7 +11,7 @@ import pytest
 import test_importers
 from esolm import family
 from esolm.cli import main
-from test_documents import NO_HARNESS, ROOT, TEXT, all_blocks, each_page, place, run_blocks, understood  # noqa: F401
+from test_documents import NO_HARNESS, ROOT, TEXT, all_blocks, each_page, place, understood  # noqa: F401
 from test_hub_models import server  # noqa: F401  (a fixture)
 from test_importing import BD3, published
 from theirs_written import written
@@ -27,7 +27,15 @@ head() { read -r line; echo "$line"; }
 PATH=/nowhere SLURM_JOB_NODELIST=node1,node2 SLURM_NNODES=2 SLURM_JOB_ID=7
 """
 SMALL = ["network.length=96", "network.width=32", "network.layers=1", "network.heads=2"]
-SHORT = ["num_steps=2", "batch_size=4", "validation_texts=2", "validate_every=2", "save_every=2", "sample_every=null"]
+SHORT = [
+    "num_steps=2",
+    "batch_size=4",
+    "micro_batch=2",
+    "validation_texts=2",
+    "validate_every=2",
+    "save_every=2",
+    "sample_every=null",
+]
 LESS = {  # what makes a command of a page so small that a test can run it
     "bench": "--length 8 --vocab-size 32 --width 16 --layers 1 --heads 2 --repeats 1",
     "bench-training": "--widths 16 32 --lengths 8 16 --vocab-sizes 32 64 --ranks 1 --repeats 1 --width 16 --layers 1"
@@ -36,7 +44,15 @@ LESS = {  # what makes a command of a page so small that a test can run it
     "family": "--workers 1",
     "frontier": "--num 2 --num-steps 2",
 }
-SHIPPED = {"classics": "books/", "shakespeare": "books/", "smollm2": "runs/ar"}  # megabytes of text, and of a judge
+OURS = {  # in place of megabytes of text, of a judge of another kind, and of what is on a cluster
+    "classics": "books/",
+    "shakespeare": "books/",
+    "smollm2": "runs/ar",
+    "hf:Skylion007/openwebtext": "books/",
+    "/shared/gpt2": "gpt2/",
+    "/shared/runs/owt": "runs/cluster",
+    "/shared/runs/books": "runs/cluster",
+}
 
 
 def commands(block: str, folder: str = "/") -> list[list[str]]:
@@ -47,7 +63,7 @@ def commands(block: str, folder: str = "/") -> list[list[str]]:
     return [line.split("\0")[:-1] for line in told.stdout.splitlines()]
 
 
-def kubernetes(block: str) -> list[list[str]]:
+def kubernetes(block: str, _: str = "/") -> list[list[str]]:
     """The commands of the containers of jobs."""
     yaml = pytest.importorskip("yaml", reason="THE JOB FOR KUBERNETES IS NOT READ: pip install pyyaml")
     parts = [part for part in yaml.safe_load_all(block) if part["kind"] == "Job"]
@@ -142,9 +158,10 @@ def there(place, server, tmp_path, monkeypatch):  # noqa: F811
 
 @each_page
 def test_commands_of_a_page_run(there, capsys, path, monkeypatch):
-    """One after the other, as a reader would."""
-    blocks = run_blocks(path.read_text(encoding="utf-8"), "sh")
-    for program, *words in [words for block in blocks for words in commands(block, ".")]:
+    """One after the other, as a reader would; what torchrun would start on many, here alone."""
+    blocks = all_blocks(path.read_text(encoding="utf-8"))
+    read = [READ[kind](block, ".") for mark, kind, block in blocks if kind in READ and not mark]
+    for program, *words in [words for found in read for words in found]:
         if program in ("esolm", "torchrun"):
             capsys.readouterr()
             main(_smaller(words if program == "esolm" else _of_a_rank(words)))
@@ -161,7 +178,7 @@ def test_commands_of_a_page_run(there, capsys, path, monkeypatch):
 def _smaller(words: list[str]) -> list[str]:
     """The same command on less text, a smaller network, fewer steps and draws."""
     name, more = words[0], LESS.get(words[0], "").split()
-    words = [SHIPPED.get(word, word) for word in words]
+    words = [OURS.get(word, word) for word in words]
     if name == "train" and "--resume" not in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # a run of the folder's own
         settings = words[words.index("--set") + 1 :] if "--set" in words else []

@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A module imports only from lines above its own.
 LEVELS = (
-    "types whole own plain noise tiles pairs pulse signals shipped native ledger",
+    "types whole tables own plain noise tiles pairs pulse signals shipped native ledger",
     "ranks schedule attention draw calibrate seal records pickled partial",
     "hub order cache archive parts choice",
     "denoiser",

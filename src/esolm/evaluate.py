@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -31,6 +30,7 @@ from esolm.likelihood import Estimate, Kind
 from esolm.model import Model
 from esolm.noise import Noise, generator
 from esolm.records import Records
+from esolm.tables import ruled
 
 _AT_ONCE = 16
 _RESAMPLED = 1000  # times that documents are drawn again for an interval
@@ -139,7 +139,7 @@ def evaluate(
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows as a table for the terminal: those columns of `markdown` that fit into 80."""
-    shown = Table(title="likelihood", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled("likelihood")
     wide = ("95 % of texts", "± draws")
     for label in _COLUMNS:
         if label not in wide:

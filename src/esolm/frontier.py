@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -28,6 +27,7 @@ from esolm.judge import Judge, Quality
 from esolm.model import Model, seed_of
 from esolm.order import Interleaved, Uniform
 from esolm.records import Records
+from esolm.tables import ruled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +135,7 @@ def measure(
 
 def table(points: Sequence[Point]) -> Table:
     """The points for the terminal, fastest first within a model."""
-    shown = Table(title="quality against time", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled("quality against time")
     for label in ("model", "alpha_0", "steps", "NFE", "s/text", "perplexity", "entropy", "MAUVE"):
         shown.add_column(label, justify="left" if label == "model" else "right", overflow="fold")
     for point in points:

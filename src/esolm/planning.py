@@ -34,6 +34,7 @@ from esolm.optim import Optimizer, WeightAverage
 from esolm.ranks import BUCKET
 from esolm.run import Run
 from esolm.state import in_bf16, portions
+from esolm.tables import ruled
 
 GB = 1e9
 RESERVE = 0.1  # of the memory stays free
@@ -132,7 +133,7 @@ def table(found: Plan) -> Table:
     """The bytes of each rank as a table for the terminal: as the run is set, and at the largest micro batch."""
     kind = "in shards" if found.sharded else "replicated" if found.ranks > 1 else "alone"
     title = f"memory of each of {found.ranks} ranks, {kind}" if found.ranks > 1 else "memory of one rank"
-    shown = Table(title=f"{title}, GB ({found.device}, {found.dtype})", title_justify="left")
+    shown = ruled(f"{title}, GB ({found.device}, {found.dtype})")
     shown.add_column("")
     columns = [found.best] if found.asked == found.best else [found.asked, found.best]
     for footprint in columns:

@@ -6,11 +6,10 @@ It measures nothing (scaling.py does). The picture needs matplotlib (the extra `
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group
-from rich.table import Table
 
 from esolm.bench.scaling import Axis, Fit, Scaling
+from esolm.tables import ruled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +20,7 @@ _RANKS = "ranks"  # the panel that all axes of ranks share
 
 def table(found: Scaling) -> Group:
     """The rows of each axis, its exponents below them."""
-    shown = Table(title=_title(found), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled(_title(found))
     shown.add_column("", no_wrap=True)
     for label in ("ms/step", "range", "tokens/s", "GFLOP", "share", "threads", "cores"):
         shown.add_column(label, justify="right", no_wrap=True)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import Progress, TaskID
 from rich.table import Table
@@ -30,6 +29,7 @@ from esolm.inference import Network, prepared
 from esolm.noise import generator
 from esolm.products import Chosen, Dtype, chosen
 from esolm.records import Records
+from esolm.tables import ruled
 
 # "A over B" at a length, on an A6000 (arXiv:2506.01928)
 PUBLISHED: dict[tuple[str, str], dict[int, float]] = {
@@ -341,7 +341,7 @@ def _notes(found: Headline) -> list[str]:
 
 
 def _table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled(title)
     for label in head:
         left = label in ("method", "dtype", "", "seconds of")
         shown.add_column(label, justify="left" if left else "right", no_wrap=True)

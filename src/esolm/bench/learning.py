@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,6 +32,7 @@ from esolm.calibrate import Machine, gemm, machine
 from esolm.denoiser import Config, Denoiser
 from esolm.optim import Config as Optim
 from esolm.optim import Optimizer, WeightAverage
+from esolm.tables import ruled
 from esolm.train import Run, autocast, learn, views_of
 
 _ALPHAS = (0.125, 0.5, 1.0)
@@ -118,7 +118,7 @@ def table(learning: Learning) -> Table:
     """The rows as a table for the terminal."""
     dtypes = " and ".join(dict.fromkeys(row.dtype for row in learning.rows))
     title = f"speed of learning, {dtypes}; rows: fed; share: of a large product's rate"
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled(title)
     for label in ("method", "alpha"):
         shown.add_column(label, no_wrap=True)
     for label in ("ms/step", "range", "rows", "targets", "tokens/s", "share", "/MDLM"):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import track
 from rich.table import Table
@@ -31,6 +30,7 @@ from esolm.engine import Engine
 from esolm.inference import Inference, prepared
 from esolm.noise import generator
 from esolm.products import Chosen, Dtype, chosen
+from esolm.tables import ruled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _table(setting: Setting, rows: Sequence[Row]) -> Table:
     size = f"vocabulary {setting.vocab_size:,}, width {setting.width}, {setting.layers} layers"
     together = f"{setting.batch} texts" if setting.batch > 1 else "a text"
     title = f"{together} of {setting.length:,} tokens, {steps}; {size}"
-    shown = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = ruled(title)
     for label in ("method", "dtype"):
         shown.add_column(label, no_wrap=True)
     for label in ("seconds", "tokens/s", "NFE", "ms/step", "/kernels", "/bound", "MDLM/it"):

@@ -101,9 +101,9 @@ _NARROWEST = 24  # of the first column, which folds
 
 
 def _table(found: "list[History]", width: int) -> "Table":
-    from rich import box
     from rich.cells import cell_len
-    from rich.table import Table
+
+    from esolm.tables import ruled
 
     rows = [dict(zip(_HEAD, _row(run), strict=True)) for run in found]
     widths = {name: max(cell_len(str(cell)) for cell in (name, *(row[name] for row in rows))) for name in _HEAD}
@@ -111,7 +111,7 @@ def _table(found: "list[History]", width: int) -> "Table":
     for name in _GIVEN_UP:
         if sum(widths.values()) + 2 * len(widths) > width:
             del widths[name]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = ruled()
     for name in widths:
         left = name in ("run", "state")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "run", overflow="fold")
