@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from esolm import tiles
 from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
 from esolm.algorithms.algorithm import Batch
-from esolm.attention import Relation, attends, attention, relation_in_tiles
+from esolm.attention import PADDING, Relation, attends, attention, relation_in_tiles
 from esolm.noise import Noise
 from esolm.tiles import attend, cut
 
@@ -42,6 +42,12 @@ VIEWS = pytest.mark.parametrize(
 )
 
 
+def rule(view) -> torch.Tensor:
+    """Which rows each row reads, but for padding rows, of which nothing is asked: none of them reads another."""
+    mask, padding = attends(view.stage, view.public, view.stage, view.public), view.stage == PADDING
+    return mask & ~(padding[:, :, None] & padding[:, None] & ~torch.eye(mask.shape[1], dtype=torch.bool))
+
+
 def as_mask(parts, shape: torch.Size) -> torch.Tensor:
     """Which keys each row reads, by the tiles."""
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -49,11 +55,13 @@ def as_mask(parts, shape: torch.Size) -> torch.Tensor:
         reads = torch.ones(shape[0], tile.num_rows, tile.num_keys, dtype=torch.bool)
         for piece, added in tile.masks:
             reads[:, :, piece] &= added[:, 0] == 0
-        at = 0
+        at = int(tile.own)
         for span in tile.keys:
             size = span.stop - span.start
             mask[:, tile.rows, span] = reads[:, :, at : at + size]
             at += size
+        if tile.own:
+            mask[:, tile.rows, tile.rows] |= torch.eye(tile.num_rows, dtype=torch.bool)
     return mask
 
 
@@ -87,7 +95,7 @@ def compare(mask, parts, dtype=torch.float32, tolerance=1e-5, rows=slice(None)):
 @VIEWS
 def test_the_tiles_of_a_view_are_the_rule(view, monkeypatch):
     monkeypatch.setattr(tiles, "_ROWS", 20)
-    expected = attends(view.stage, view.public, view.stage, view.public)
+    expected = rule(view)
     found = tiled(view).tiles
     assert len(found) > 3
     assert torch.equal(as_mask(found, expected.shape), expected)
@@ -99,7 +107,7 @@ def test_tiles_are_softmax_attention_and_its_gradients(view, kept, monkeypatch):
     monkeypatch.setattr(tiles, "_SCORES_KEPT", kept)
     monkeypatch.setattr(tiles, "_ROWS", 32)
     monkeypatch.setattr(tiles, "_SCORES_AT_ONCE", 2 * 2 * 32 * 100)  # two texts at a time, or one
-    compare(attends(view.stage, view.public, view.stage, view.public), tiled(view).tiles)
+    compare(rule(view), tiled(view).tiles)
 
 
 @given(st.integers(1, 7), st.sets(st.integers(1, 8), max_size=2), st.data())
@@ -119,7 +127,7 @@ def test_any_mask_cut_anywhere_gives_the_same(size, edges, data):
 
 def test_tiles_in_bf16_are_near():
     (view,) = views(BD3LM(block_size=8))
-    mask = attends(view.stage, view.public, view.stage, view.public)
+    mask = rule(view)
     compare(mask, tiled(view, torch.bfloat16).tiles, torch.bfloat16, tolerance=0.02)
 
 
@@ -139,7 +147,8 @@ def test_a_tile_is_as_drawn(monkeypatch):
     mask = torch.tensor([[[sign == "#" for sign in line.split()] for line in lines]])
     (tile,) = cut(mask, (), torch.float32)
     assert tile.keys == (slice(0, 2), slice(3, 5))
-    assert [piece for piece, _ in tile.masks] == [slice(0, 2), slice(3, 4)]  # of the keys that it computes
+    assert [piece for piece, _ in tile.masks] == [slice(1, 2), slice(3, 4)]  # of the keys that it computes
+    assert not tile.own
 
 
 def test_rows_that_nobody_wants_are_skipped_and_change_no_gradient(monkeypatch):
@@ -150,7 +159,7 @@ def test_rows_that_nobody_wants_are_skipped_and_change_no_gradient(monkeypatch):
     fewer = who.reading(wanted)
     masks = view.tokens.shape[1] - (LENGTH - 1)
     assert all(tile.rows.stop <= masks for tile in fewer.tiles) and len(fewer.tiles) < len(who.tiles)
-    mask = attends(view.stage, view.public, view.stage, view.public)
+    mask = rule(view)
     compare(mask, fewer.tiles, rows=slice(0, masks))
 
 
@@ -168,8 +177,19 @@ def test_the_keys_of_a_tile_are_a_multiple_of_32_where_there_is_room(monkeypatch
     (view,) = views(AR())
     found = tiled(view).tiles
     assert [tile.keys for tile in found] == [(slice(0, size),) for size in (32, 64, 64, 96, 96)]
-    assert tiles._widened(slice(70, 90), 96) == slice(64, 96)
-    assert tiles._widened(slice(5, 15), 20) == slice(0, 20)
+    assert tiles._widened(slice(70, 90), 96, 0) == slice(64, 96)
+    assert tiles._widened(slice(5, 15), 20, 0) == slice(0, 20)
+    assert tiles._widened(slice(1, 32), 96, 1) == slice(1, 32)
+    assert tiles._widened(slice(66, 96), 96, 1) == slice(65, 96)
+
+
+def test_masks_of_a_sequential_term_have_their_own_keys_outside_the_products():
+    for variant in ("A", "B"):
+        view = views(EsoLM(variant=variant, alpha_0=0.5), padding=20)[1]
+        masks = view.tokens.shape[1] - (LENGTH - 1)
+        first, *others = tiled(view).tiles
+        assert first.own and first.rows == slice(0, masks) and first.keys == (slice(masks, masks + LENGTH - 1),)
+        assert not any(tile.own for tile in others)
 
 
 def test_texts_that_read_alike_share_one_mask():

@@ -5,8 +5,11 @@
     backward      ds = p (dp - sum(p dp)), dp = dout v^T     p is kept where it is small, else computed again
 
     keys  0 1 2 3 4     a tile of the rows 0, 1: it computes scores of the keys 0, 1 and 3, 4 and skips 2;
-    row 0 # . . # .     the key 3 is read by all its rows, so it needs no mask
-    row 1 . # . # #
+    row 0 # . . # .     0 and 3 are read by all its rows, so they need no mask
+    row 1 # # . # #
+
+Rows that read none of each other's keys (masks of a sequential term) have their own keys outside the products: a dot
+product for each row in place of a square of scores.
 
 torch's fused kernel is given a mask and computes what the mask hides; in bf16 it takes twice the time of plain products
 on top of that. Spans are widened a little where the sizes are faster. This knows masks and no rule.
@@ -30,11 +33,13 @@ _SCORES_KEPT = 2**24  # of a layer, for the backward pass: 32 MiB in bf16
 @dataclass(frozen=True)
 class Tile:
     """Rows, the spans of keys that they read, and the pieces of these keys (counted within the tile) that only some of
-    them read, each with what to add to its scores: nothing where a row reads, else minus infinity."""
+    them read, each with what to add to its scores: nothing where a row reads, else minus infinity. `own`: each row
+    reads its own key but that of no other row here, and it stands before the spans."""
 
     rows: slice
     keys: tuple[slice, ...]
     masks: tuple[tuple[slice, Float[Tensor, "text 1 row _"]], ...]
+    own: bool
 
     @property
     def num_rows(self) -> int:
@@ -42,7 +47,7 @@ class Tile:
 
     @property
     def num_keys(self) -> int:
-        return int(sum(span.stop - span.start for span in self.keys))
+        return int(self.own + sum(span.stop - span.start for span in self.keys))
 
 
 def cut(mask: Bool[Tensor, "text row key"], edges: Sequence[int], dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -70,17 +75,26 @@ def attend(
 
 def _tile(mask: Tensor, rows: slice, dtype: torch.dtype) -> Tile:
     part = mask[:, rows]
-    read, by_all = part.flatten(0, 1).any(0), part.flatten(0, 1).all(0)
+    read = part.flatten(0, 1).any(0)
+    own = _reads_own(part[:, :, rows]) and int(read.sum()) > part.shape[1]
+    if own:
+        part = part.clone()
+        part[:, :, rows] = read[rows] = False
+    by_all = part.flatten(0, 1).all(0)
     for run in list(_runs(read)):
-        read[_widened(run, len(read))] = True
+        read[_widened(run, len(read), own)] = True
     keys = tuple(_runs(read))
     by_some = ~torch.cat([by_all[span] for span in keys])
     hidden = ~torch.cat([part[:, None, :, span] for span in keys], dim=-1)
-    pieces = [(piece, hidden[..., piece]) for piece in _runs(by_some)]
+    pieces = [(slice(piece.start + own, piece.stop + own), hidden[..., piece]) for piece in _runs(by_some)]
     # added, not filled in: torch adds eight times as fast
-    return Tile(
-        rows, keys, tuple((at, torch.zeros_like(x, dtype=dtype).masked_fill_(x, -torch.inf)) for at, x in pieces)
-    )
+    masks = tuple((at, torch.zeros_like(x, dtype=dtype).masked_fill_(x, -torch.inf)) for at, x in pieces)
+    return Tile(rows, keys, masks, own)
+
+
+def _reads_own(square: Bool[Tensor, "text row row"]) -> bool:
+    """Does each of these rows read its own key, and none of the others'?"""
+    return torch.equal(square, torch.eye(square.shape[1], dtype=torch.bool).expand_as(square))
 
 
 def _runs(flags: Tensor) -> Iterator[slice]:
@@ -89,9 +103,10 @@ def _runs(flags: Tensor) -> Iterator[slice]:
     return (slice(a, b) for a, b in zip(changes[::2], changes[1::2], strict=True))
 
 
-def _widened(run: slice, most: int) -> slice:
-    stop = min(most, run.stop + (run.start - run.stop) % _KEYS)
-    return slice(max(0, stop - (stop - run.start + _KEYS - 1) // _KEYS * _KEYS), stop)
+def _widened(run: slice, most: int, more: int) -> slice:
+    """A stretch with so many keys around it that with `more` of them they are a multiple."""
+    stop = min(most, run.stop + (run.start - run.stop - more) % _KEYS)
+    return slice(max(0, stop - (stop - run.start + more + _KEYS - 1) // _KEYS * _KEYS + more), stop)
 
 
 class _Tiled(torch.autograd.Function):
@@ -104,7 +119,9 @@ class _Tiled(torch.autograd.Function):
         kept = []
         for tile, texts in _parts(q, tiles):
             p = _probabilities(q, k, tile, texts)
-            out[texts, :, tile.rows] = p @ _read(v[texts], tile.keys)
+            out[texts, :, tile.rows] = p @ _read(v[texts], tile)
+            if tile.own:
+                out[texts, :, tile.rows] += p[..., :1] * v[texts, :, tile.rows]
             if keep:
                 kept.append(p)
         ctx.tiles = tiles
@@ -119,12 +136,18 @@ class _Tiled(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k).float(), torch.zeros_like(v).float()
         for part, (tile, texts) in enumerate(_parts(q, ctx.tiles)):
             p = kept[part] if kept else _probabilities(q, k, tile, texts)
-            above = grad[texts, :, tile.rows]
-            _add(grad_v[texts], tile.keys, p.mT @ above)
-            grad_p = above @ _read(v[texts], tile.keys).mT
+            above, queries = grad[texts, :, tile.rows], q[texts, :, tile.rows]
+            _add(grad_v[texts], tile, p.mT @ above)
+            grad_p = above @ _read(v[texts], tile).mT
+            if tile.own:
+                grad_v[texts, :, tile.rows] += p[..., :1] * above
+                grad_p[..., 0] = (above * v[texts, :, tile.rows]).sum(-1)
             slope = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
-            grad_q[texts, :, tile.rows] = slope @ _read(k[texts], tile.keys)
-            _add(grad_k[texts], tile.keys, slope.mT @ q[texts, :, tile.rows])
+            grad_q[texts, :, tile.rows] = slope @ _read(k[texts], tile)
+            _add(grad_k[texts], tile, slope.mT @ queries)
+            if tile.own:
+                grad_q[texts, :, tile.rows] += slope[..., :1] * k[texts, :, tile.rows]
+                grad_k[texts, :, tile.rows] += slope[..., :1] * queries
         return grad_q.mul_(q.shape[-1] ** -0.5), grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
@@ -136,19 +159,25 @@ def _parts(q: Tensor, tiles: tuple[Tile, ...]) -> Iterator[tuple[Tile, slice]]:
 
 
 def _probabilities(q: Tensor, k: Tensor, tile: Tile, texts: slice) -> Tensor:
-    scores = q[texts, :, tile.rows] @ _read(k[texts], tile.keys).mT
+    queries = q[texts, :, tile.rows]
+    scores = queries @ _read(k[texts], tile).mT
+    if tile.own:
+        scores[..., 0] = (queries * k[texts, :, tile.rows]).sum(-1)
     for piece, mask in tile.masks:
         scores[..., piece] += mask if len(mask) == 1 else mask[texts]
     return scores.softmax(-1)
 
 
-def _read(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
-    return x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, span] for span in keys], dim=2)
+def _read(x: Tensor, tile: Tile) -> Tensor:
+    """The keys or values of a tile, zeros in the place of each row's own."""
+    parts = [x[:, :, span] for span in tile.keys]
+    parts = [torch.zeros_like(x[:, :, :1]), *parts] if tile.own else parts
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _add(total: Tensor, keys: tuple[slice, ...], values: Tensor) -> None:
-    at = 0
-    for span in keys:
+def _add(total: Tensor, tile: Tile, values: Tensor) -> None:
+    at = int(tile.own)
+    for span in tile.keys:
         size = span.stop - span.start
         total[:, :, span] += values[:, :, at : at + size]
         at += size
