@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # A module imports only from lines above its own.
 LEVELS = (
-    "types whole tables own plain noise tiles pairs pulse signals shipped native ledger",
+    "types whole tables own plain noise tiles pairs pulse signals shipped native ledger kernels",
     "ranks schedule attention draw calibrate seal records pickled partial",
     "hub order cache archive parts choice",
     "denoiser",
@@ -34,7 +34,8 @@ LEVELS = (
     "data tokenizing importers curves",
     "guard memory inspection run",
     "model report saving state",
-    "train planning",
+    "train rehearsal",
+    "planning",
     "evaluate conditional transformers judge recipes texts bench.estimate bench.learning bench.steps bench.writing",
     "bench bench.headline bench.plot bench.scaling",
     "bench.growth",

@@ -11,6 +11,8 @@ Names and modules are imported when they are first used, so that `import esolm` 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from esolm.kernels import limit
+
 if TYPE_CHECKING:
     from esolm import checkpoint, corpus, demo, evaluate, prepare, recipes, shards, share, train
     from esolm.algorithms import AR, BD3LM, MDLM, EsoLM
@@ -44,6 +46,8 @@ __all__ = [
     "train",
 ]
 __version__ = "0.1.0"
+
+limit()
 
 _HOMES = {
     **dict.fromkeys(("AR", "BD3LM", "MDLM", "EsoLM"), "esolm.algorithms"),

@@ -1,8 +1,8 @@
 """The bytes that operations on tensors take, without the numbers: each storage is entered when it is made, and struck
-out when nobody has it any more. It knows nothing of what kernels take inside."""
+out when nobody has it any more. It knows nothing of what kernels take inside, but counts the shapes of products."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -19,10 +21,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
+        self.shapes = set[tuple[Any, ...]]()
+        """Of the products in bf16, as sizes and strides of what they multiply."""
         self._fake, self._known = FakeTensorMode(allow_non_fake_inputs=True), set[int]()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+        self, func: torch._ops.OpOverload, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -33,6 +37,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = func(*args, **kwargs)
             if not given and isinstance(out, Tensor) and not out.is_floating_point():
                 out = func(*args, **kwargs)
+        if func.overloadpacket in _PRODUCTS and given[0].dtype == torch.bfloat16:
+            self.shapes.add((func.overloadpacket, *((x.shape, x.stride()) for x in given)))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._enter(x.untyped_storage())

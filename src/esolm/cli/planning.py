@@ -60,8 +60,6 @@ def plan(
     cache = "no cache" if not found.cache else f"{found.cache / 1e6:.1f} MB of keys and values"
     copy = f"; {found.host / 1e9:.2f} GB of the machine's memory for saving meanwhile" if found.host else ""
     out.print(f"{found.parameters:,} parameters; to write a text: {cache}{copy}", highlight=False)
-    if (found.device, found.dtype) == ("cpu", "bfloat16"):
-        out.print("bf16 on a CPU: what oneDNN keeps of its own is not counted; leave more free (--reserve)")
     whole = " (no more texts are fed at once)" if found.best.micro_batch == found.texts else ""
     used, of = found.best.total / 1e9, found.memory / 1e9
     out.print(f"largest micro batch: {found.best.micro_batch}{whole} (uses {used:.2f} of {of:.2f} GB)", highlight=False)
