@@ -110,9 +110,10 @@ def test_the_table_of_docs_scale(kind):
         assert planned == pytest.approx(measured, rel=0.1)
 
 
-# What some steps of each run add to the resident memory of a rank; small ones before have loaded all code.
+# What some steps of a run add to the resident memory of a rank; small ones before have loaded all code. Each run has
+# processes of its own: another would leave kernels there, and holes that the next one fills.
 RESIDENT = """
-def live(name, runs, count):
+def live(name, run, count):
     import gc
     from esolm import plain
     from esolm.algorithms.algorithm import Batch
@@ -133,17 +134,13 @@ def live(name, runs, count):
             state.update(1e-4)
 
     with ranks.joined(answer=500.0) as together, open(folder / f"{name}-{together.rank}.json", "w") as told:
-        found = []
-        runs = [plain.from_plain(training.Run, run) for run in runs]
-        for run in runs:
-            steps(settings(dtype=run.dtype, shard=run.shard, algorithm=AR()), together, 1)
-        for run in runs:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
-            steps(run, together, count)
-            found.append(resident("VmHWM") - before)
-        json.dump(found, told)
+        run = plain.from_plain(training.Run, run)
+        steps(settings(dtype=run.dtype, shard=run.shard, algorithm=AR()), together, 2)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        steps(run, together, count)
+        json.dump(resident("VmHWM") - before, told)
 """
 LISTED = Config(vocab_size=4000, length=128, width=128, layers=4, heads=4)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
@@ -157,19 +154,18 @@ def worlds(tmp_path, monkeypatch):
         yield found
 
 
-def residents(worlds, ranks, runs, count=3):
-    """What is planned for each of these runs and what its steps add, on the rank that took the most."""
-    options = {"runs": plain.to_plain(runs), "count": count}
-    assert worlds.codes("all", ranks, **options) == [0] * ranks, worlds.told("all", 0)
-    told = [json.loads((worlds.folder / f"all-{rank}.json").read_text()) for rank in range(ranks)]
-    found = [Rehearsal(run, ranks, "cpu").of(run.micro_batch) for run in runs]
-    return [(each.total - each.saving, max(most)) for each, most in zip(found, zip(*told, strict=True), strict=True)]
+def residents(worlds, ranks, run, count=3):
+    """What is planned for a run and what its steps add, on the rank that took the most."""
+    assert worlds.codes("run", ranks, run=plain.to_plain(run), count=count) == [0] * ranks, worlds.told("run", 0)
+    told = [json.loads((worlds.folder / f"run-{rank}.json").read_text()) for rank in range(ranks)]
+    found = Rehearsal(run, ranks, "cpu").of(run.micro_batch)
+    return found.total - found.saving, max(told)
 
 
 @needs_proc
 def test_the_plan_is_the_peak_of_two_ranks_in_shards(worlds):
     run = replace(RUN, network=LISTED, micro_batch=4, shard=True)
-    ((planned, measured),) = residents(worlds, 2, [run])
+    planned, measured = residents(worlds, 2, run)
     assert planned == pytest.approx(measured, rel=0.1)
 
 
@@ -190,10 +186,7 @@ def test_the_table_of_ranks(worlds, kind, network):
         "dtype": "bfloat16" if "bf" in kind else "float32",
     }
     runs = [replace(RUN, algorithm=METHODS[name], micro_batch=micro, **options) for name, micro in cases]
-    if "bf16" in kind:  # each in processes of its own, which have no kernels yet, for as long as there are new ones
-        found = [residents(worlds, ranks, [run], count=20)[0] for run in runs]
-    else:
-        found = residents(worlds, ranks, runs)
+    found = [residents(worlds, ranks, run, count=20 if "bf16" in kind else 3) for run in runs]
     for (name, micro), (planned, measured) in zip(cases, found, strict=True):
         off = planned / measured - 1
         print(f"| {name} | {kind}, {network} | {micro} | {planned / 1e6:.1f} | {measured / 1e6:.1f} | {off:+.1%} |")
@@ -305,7 +298,7 @@ def test_in_bf16_on_a_cpu_that_has_it_the_kernels_count(worlds):
         pytest.skip("THIS CPU HAS NO BF16 PRODUCTS, so that its kernels are others")
     assert 1e5 < kernels.bytes_of_one() < 5e6
     assert 10 * kernels.bytes_of_one() < few < 30 * kernels.bytes_of_one()
-    ((planned, measured),) = residents(worlds, 1, runs[1:], count=20)
+    planned, measured = residents(worlds, 1, runs[1], count=20)
     assert planned == pytest.approx(measured, rel=0.1)
 
 

@@ -213,8 +213,10 @@ def learn(
             terms[view.term] += loss.item()
             if levels is not None:
                 levels.add(view, weighted)
-        if not ranks.sharded:  # else FSDP has them
+        if not ranks.sharded:
             sums.give(taken(model))
+        elif passes:  # FSDP has them, and leaves zeros until the last portion
+            taken(model)
     for parameter, gradient in sums.take().items():
         parameter.grad = gradient
     return terms
