@@ -216,6 +216,9 @@ def test_a_share_of_the_memory_stays_free():
     run = replace(TINY, batch_size=64)
     memory = float(Rehearsal(run, 1, "cpu").of(40).total)
     assert planning.plan(run, memory=memory, reserve=0.3).best.total <= 0.7 * memory
+    found = planning.plan(run, memory=memory)
+    assert found.reserve == pytest.approx(1 / 3)
+    assert 0.6 * memory < found.best.total <= 2 / 3 * memory
 
 
 def test_shards_are_smaller_and_whole_gradients_of_several_passes_are_not():

@@ -15,7 +15,8 @@ from esolm.run import Run
 from esolm.tables import ruled
 
 GB = 1e9
-RESERVE = 0.1  # of the memory stays free
+RESERVE = {"cpu": 1 / 3, "cuda": 0.1}
+"""Of the memory stays free. A CPU's malloc leaves holes between arrays of all sizes (docs/scale.md)."""
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2.0**10, "MIB": 2.0**20, "GIB": 2.0**30, "TIB": 2.0**40}
 
 
@@ -44,7 +45,7 @@ class Plan:
         return {**told, "largest_micro_batch": self.best.micro_batch}
 
 
-def plan(run: Run, *, memory: float, ranks: int = 1, device: str = "cpu", reserve: float = RESERVE) -> Plan:
+def plan(run: Run, *, memory: float, ranks: int = 1, device: str = "cpu", reserve: float | None = None) -> Plan:
     """The memory of each of `ranks` ranks that train this run, and the largest micro batch for `memory` bytes each.
 
     `device` (cpu or cuda) need not be here. TooLarge if not even one text at a time fits; ValueError for what cannot
@@ -53,6 +54,7 @@ def plan(run: Run, *, memory: float, ranks: int = 1, device: str = "cpu", reserv
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     if run.batch_size < ranks:
         raise ValueError(f"a batch of {run.batch_size} texts is too small for {ranks} ranks: raise batch_size")
+    reserve = RESERVE[device] if reserve is None else reserve
     if not 0 <= reserve < 1:
         raise ValueError(f"reserve is the share that stays free and must lie in [0, 1), got {reserve}")
     room, rehearsal = memory * (1 - reserve), Rehearsal(run, ranks, device)
