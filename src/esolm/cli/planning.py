@@ -38,7 +38,7 @@ def plan(
         method: What is trained, as `esolm train` takes it.
         ranks: Processes that train together.
         memory: What each rank has, as 80GB or 24GiB; left out, what is free on the device, which must be here.
-        reserve: Share of it that stays free; left out, a third on a CPU, where malloc leaves holes, and a tenth on a GPU.
+        reserve: Share of it that stays free; left out, a third on a CPU (malloc leaves holes), a tenth on a GPU.
         vocab_size: Ids of the tokenizer, the mask included.
         device: What it trains on, here or elsewhere: auto, cpu, cuda.
         json: Print JSON, in bytes, instead of a table.
