@@ -45,7 +45,7 @@ READER = """if True:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]) * 2**20,) * 2)
             os.chdir(place)
-            file = os.open(told, os.O_WRONLY | os.O_CREAT, 0o600)
+            file = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(file, 2), os.dup2(file, 1)
             code = 0
             try:

@@ -289,8 +289,9 @@ def test_the_command_tells_the_parts_and_the_largest_micro_batch(capsys):
 
 
 @needs_proc
-def test_in_bf16_on_a_cpu_that_has_it_the_kernels_count(worlds):
-    """One for each shape of a product: few where rows are always as many, and else as many as are kept."""
+def test_in_bf16_on_a_cpu_that_has_it_the_kernels_count():
+    """One for each shape of a product: few where rows are always as many, and else as many as are kept. How near that
+    is to what steps take is the table of ranks."""
     runs = [replace(RUN, algorithm=METHODS[name], network=LISTED, dtype="bfloat16") for name in ("AR", "Eso-LM (B)")]
     runs = [replace(run, micro_batch=4) for run in runs]
     few, many = (Rehearsal(run, 1, "cpu").of(4).kernels for run in runs)
@@ -301,8 +302,6 @@ def test_in_bf16_on_a_cpu_that_has_it_the_kernels_count(worlds):
         pytest.skip("THIS CPU HAS NO BF16 PRODUCTS, so that its kernels are others")
     assert 1e5 < kernels.bytes_of_one() < 5e6
     assert 10 * kernels.bytes_of_one() < few < 30 * kernels.bytes_of_one()
-    planned, measured = residents(worlds, 1, runs[1], count=20)
-    assert planned == pytest.approx(measured, rel=0.1)
 
 
 def test_no_more_kernels_are_kept_than_the_environment_says():

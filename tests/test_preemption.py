@@ -30,7 +30,7 @@ NURSERY = """if True:
         reading, writing = os.pipe()
         child = os.fork()
         if not child:
-            log = os.open(Path(sys.argv[1]) / f"{name}.err", os.O_WRONLY | os.O_CREAT, 0o666)
+            log = os.open(Path(sys.argv[1]) / f"{name}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(log, 2)
             begin, learn = signals._handled, train.learn
             def handled(handlers):
