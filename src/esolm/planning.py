@@ -54,7 +54,7 @@ def plan(run: Run, *, memory: float, ranks: int = 1, device: str = "cpu", reserv
         raise ValueError(f"ranks must be at least 1, got {ranks}")
     if run.batch_size < ranks:
         raise ValueError(f"a batch of {run.batch_size} texts is too small for {ranks} ranks: raise batch_size")
-    reserve = RESERVE[device] if reserve is None else reserve
+    reserve = RESERVE["cpu" if device == "cpu" else "cuda"] if reserve is None else reserve
     if not 0 <= reserve < 1:
         raise ValueError(f"reserve is the share that stays free and must lie in [0, 1), got {reserve}")
     room, rehearsal = memory * (1 - reserve), Rehearsal(run, ranks, device)
