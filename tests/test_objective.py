@@ -142,6 +142,37 @@ def test_the_loss_of_a_view_and_its_gradients_are_those_of_all_logits(algorithm)
         assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
 
 
+@METHODS
+def test_in_bf16_targets_are_filled_up_to_a_multiple_and_nothing_changes(algorithm, monkeypatch):
+    """Row zero stands in for what is missing, with a weight of zero, also where it has a target of its own."""
+    denoiser = network(vocab_size=VOCAB, length=LENGTH)
+    view = algorithm.views(texts(), NOISE, MASK_ID)[-1]
+    asked, inner = [], weighted_cross_entropy
+
+    def recorded(hidden, *rest):
+        asked.append(len(hidden))
+        return inner(hidden, *rest)
+
+    monkeypatch.setattr(objective, "weighted_cross_entropy", recorded)
+    found = []
+    count = int((view.weights != 0).sum())
+    for multiple in 1, count + 1:
+        monkeypatch.setattr(objective, "MULTIPLE", multiple)
+        denoiser.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss, rows = of_view(denoiser, view)
+        loss.backward()
+        found.append((loss.detach(), rows, {name: p.grad.clone() for name, p in denoiser.named_parameters()}))
+    of_view(denoiser, view)
+    assert asked == [count, count + 1, count]  # in float32 no kernels are made for each size
+    (loss, rows, grads), (filled_loss, filled_rows, filled_grads) = found
+    assert (filled_rows == 0).equal(view.weights == 0)
+    torch.testing.assert_close(filled_rows, rows, rtol=2e-3, atol=0)
+    torch.testing.assert_close(filled_loss, loss, rtol=1e-3, atol=0)
+    for name, grad in grads.items():
+        assert (filled_grads[name] - grad).norm() <= 1e-2 * grad.norm(), name
+
+
 def by_definition(denoiser, view):
     reads = attends(view.stage, view.public, view.stage, view.public)
     weights = {name: parameter.double() for name, parameter in denoiser.named_parameters()}

@@ -158,13 +158,14 @@ class Rehearsal:
         return passing if self.ranks == 1 else max(passing, self._summed())
 
     def _kernels(self, micro_batch: int) -> int:
-        """As many as steps have shapes of products: where rows differ from step to step, soon as many as are kept."""
+        """As many as steps have shapes of products: where rows differ from step to step, soon as many as are kept, as
+        some draws show enough sizes for that if many steps do."""
         if not self._kernel:
             return 0
         micro_batch = min(micro_batch, _EXACT)
         _, shapes = self._rehearsed(micro_batch)
         sizes = {tuple(map(_sizes, views)) for views in self._draws(micro_batch)}
-        return min(kernels.KEPT, shapes * (self.run.num_steps if len(sizes) > 1 else 1)) * self._kernel
+        return min(kernels.KEPT, shapes * min(self.run.num_steps, len(sizes))) * self._kernel
 
     def _summed(self) -> int:
         """What replicated ranks need to sum their gradients; more than two swap halves."""
@@ -267,8 +268,9 @@ def _learn(network: Denoiser, view: View, who: Relation | None) -> None:
 
 
 def _sizes(view: View) -> tuple[int, int]:
-    """Rows and targets."""
-    return view.tokens.numel(), int((view.weights != 0).sum())
+    """Rows and targets, as many of them as go through the head."""
+    targets = int((view.weights != 0).sum())
+    return view.tokens.numel(), targets + -targets % objective.MULTIPLE
 
 
 def _fullness(views: Sequence[View]) -> int:
