@@ -6,8 +6,7 @@ gives an equal object back or lists all that is wrong at once: key path, what wa
 A value whose class derives from an abstract dataclass carries a `"type": "<ClassName>"` key and is resolved
 among the concrete subclasses the process knows, so a class of the user's own needs no registry.
 
-Fields may be: bool, int, float, str, None, Path, Literal, tuple, dataclass, unions of these. What this does
-not do: mutable fields (list, dict), tensors, defaults that depend on other keys, reading of files.
+Fields may be bool, int, float, str, None, Path, Literal, tuple, dataclass, unions of these; no list, dict or tensor.
 """
 
 import dataclasses

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -160,14 +161,12 @@ def _compiled(compiler: str) -> Path:
 
 def _folder() -> Path:
     """The user's folder of caches, if nobody else can write there; else a new one that this process removes."""
-    try:
+    with suppress(OSError, RuntimeError):  # no home, or none to write in
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esolm" / "native"
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = place.stat()
         if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(place, os.W_OK):
             return place
-    except (OSError, RuntimeError):  # no home, or none to write in: below
-        pass
     made = Path(tempfile.mkdtemp(prefix="esolm-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
